@@ -1,0 +1,9 @@
+"""TurboQuant KV-cache compression for JAX: codec, cache and attention over the packed codes."""
+
+from pallas_kernels.attention import decode_attention as decode_attention
+from pallas_kernels.attention import prefill_attention as prefill_attention
+from pallas_kernels.cache import KVCache as KVCache
+from pallas_kernels.codebook import distortion as distortion
+from pallas_kernels.codec import Quantized as Quantized
+from pallas_kernels.codec import quantize as quantize
+from pallas_kernels.format import KVFormat as KVFormat
