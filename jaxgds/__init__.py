@@ -1,0 +1,7 @@
+"""Restore sharded checkpoints into device buffers that XLA owns."""
+
+from jaxgds.errors import CheckpointError as CheckpointError
+from jaxgds.load import load as load
+from jaxgds.report import FallbackError as FallbackError
+from jaxgds.report import TransferReport as TransferReport
+from jaxgds.report import last_report as last_report

@@ -1,0 +1,182 @@
+"""CPU devices: threads that `preadv` or decompress straight into the destinations."""
+
+import ctypes
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zstandard
+
+from jaxgds.errors import CheckpointError
+from jaxgds.plan import Piece, Read, Segment
+
+
+if TYPE_CHECKING:
+    from jaxgds.engines import Buffer
+
+
+MAX_THREADS = 16
+# Compressed bytes are fetched in steps of this size while they are decoded.
+FETCH = 1 << 20
+
+
+class HostEngine:
+    """Reads into host memory; one thread per core, each with a small staging buffer."""
+
+    path = "host"
+
+    def __init__(self, threads: int | None = None):
+        self._threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+    def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
+        with Files() as files:
+            run_all(
+                [lambda r=read: _read(r, files, buffers) for read in reads], self._threads
+            )
+
+
+def run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
+    """Runs `tasks` on a pool; on the first failure drops the rest, joins, and raises it."""
+    if not tasks:
+        return
+    with ThreadPoolExecutor(min(threads, len(tasks)), "jaxgds") as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C: leave no thread behind that writes into the buffers
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        failed = [f for f in done if f.exception() is not None]
+        if failed:
+            pool.shutdown(wait=True, cancel_futures=True)
+            failed[0].result()
+
+
+class Files:
+    """File descriptors opened once each, shared by all threads, closed together."""
+
+    def __init__(self) -> None:
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def fd(self, file: str) -> int:
+        with self._lock:
+            if file not in self._fds:
+                self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._fds[file]
+
+
+def _read(read: Read, files: Files, buffers: Sequence["Buffer"]) -> None:
+    with opened(read, files) as decoded:
+        for segment in read.segments:
+            direct = _direct(segment)
+            if direct is not None:
+                pointer = buffers[direct.destination].pointer + direct.dst_offset
+                _fill(decoded, _memory(pointer, segment.nbytes), read)
+                continue
+            staging = np.empty(segment.nbytes, np.uint8)
+            _fill(decoded, memoryview(staging), read)
+            for piece in segment.pieces:
+                scatter(staging, piece, buffers[piece.destination].pointer)
+
+
+@contextmanager
+def opened(read: Read, files: Files) -> Iterator[Callable[[memoryview], int]]:
+    """A function that fills a memoryview with the next decoded bytes of `read`.
+
+    Errors of the file or the codec become CheckpointError, naming both file and array.
+    """
+    source = read.source
+    where = "inline value" if isinstance(source, bytes) else source.file
+    try:
+        raw = io.BytesIO(source) if isinstance(source, bytes) else _Range(read, files)
+        if read.codec == "raw":
+            yield raw.readinto
+        else:
+            decompressor = zstandard.ZstdDecompressor()
+            # mypy-style protocols aside, the reader only calls raw.read(n).
+            with decompressor.stream_reader(raw, read_size=FETCH) as reader:  # type: ignore
+                yield reader.readinto
+                if reader.read(1):
+                    raise CheckpointError(
+                        f"{where}: array {read.array!r}: a chunk decodes to more bytes than it has"
+                    )
+    except OSError as e:
+        raise CheckpointError(f"{where}: array {read.array!r}: cannot be read: {e}") from e
+    except zstandard.ZstdError as e:
+        raise CheckpointError(f"{where}: array {read.array!r}: damaged zstd data: {e}") from e
+
+
+class _Range:
+    """The bytes of one extent as a minimal raw stream; `preadv`, so threads share the file."""
+
+    def __init__(self, read: Read, files: Files):
+        assert not isinstance(read.source, bytes)
+        self._fd = files.fd(read.source.file)
+        self._at = read.source.offset
+        self._stop = read.source.offset + read.source.nbytes
+
+    def readinto(self, view: memoryview) -> int:
+        n = os.preadv(self._fd, [view[: self._stop - self._at]], self._at)
+        self._at += n
+        return n
+
+    def read(self, size: int) -> bytes:
+        data = os.pread(self._fd, min(size, self._stop - self._at), self._at)
+        self._at += len(data)
+        return data
+
+
+def _fill(readinto: Callable[[memoryview], int], view: memoryview, read: Read) -> None:
+    done = 0
+    while done < len(view):
+        n = readinto(view[done:])
+        if not n:
+            source = read.source
+            where = (
+                "inline value"
+                if isinstance(source, bytes)
+                else f"{source.file} [{source.offset}, {source.offset + source.nbytes})"
+            )
+            raise CheckpointError(
+                f"{where}: array {read.array!r}: {len(view) - done} bytes are missing; "
+                "the file is truncated, restore another checkpoint or copy this one again"
+            )
+        done += n
+
+
+def _direct(segment: Segment) -> Piece | None:
+    """The piece that takes the whole segment as it is, if there is just that one."""
+    if len(segment.pieces) == 1:
+        piece = segment.pieces[0]
+        if piece.contiguous and piece.nbytes == segment.nbytes:
+            return piece
+    return None
+
+
+def scatter(staging: np.ndarray, piece: Piece, pointer: int) -> None:
+    """Copies one piece out of a staged segment into the buffer at `pointer`."""
+    src = np.lib.stride_tricks.as_strided(
+        staging[piece.src_offset :], piece.shape, piece.src_strides, writeable=False
+    )
+    last = sum((n - 1) * s for n, s in zip(piece.shape, piece.dst_strides, strict=True))
+    target = np.frombuffer(_memory(pointer + piece.dst_offset, last + 1), np.uint8)
+    dst = np.lib.stride_tricks.as_strided(target, piece.shape, piece.dst_strides)
+    np.copyto(dst, src)
+
+
+def _memory(pointer: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(pointer)).cast("B")

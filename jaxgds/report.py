@@ -1,0 +1,69 @@
+"""What a restore did: which path, how much, how fast, and what was left to Orbax and why."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferReport:
+    """One restore, as `jaxgds.last_report()` returns it.
+
+    Attributes:
+      path: "gds", "pinned" or "host": the engine that moved the bytes; "mixed" if more than
+        one part of the machinery did (Orbax included); "orbax" if everything fell back.
+      bytes_read: from storage by this process, encoded (a zstd checkpoint counts compressed).
+      bytes_restored: of the arrays that jaxgds filled on this host, each distinct shard once.
+      seconds: of the whole call; index_seconds, plan_seconds, allocate_seconds and
+        read_seconds are parts of it.
+      arrays: how many arrays jaxgds filled.
+      fallbacks: array name -> why it was left to Orbax.
+    """
+
+    path: str
+    bytes_read: int = 0
+    bytes_restored: int = 0
+    seconds: float = 0.0
+    index_seconds: float = 0.0
+    plan_seconds: float = 0.0
+    allocate_seconds: float = 0.0
+    read_seconds: float = 0.0
+    arrays: int = 0
+    fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, same names as the attributes, plus `gigabytes_per_second`."""
+        return {
+            **dataclasses.asdict(self),
+            "fallbacks": dict(self.fallbacks),
+            "gigabytes_per_second": self.bytes_restored / max(self.seconds, 1e-9) / 1e9,
+        }
+
+
+class FallbackError(RuntimeError):
+    """`strict` was asked for, and some array could not be restored by jaxgds itself."""
+
+
+_last: TransferReport | None = None
+
+
+def last_report() -> TransferReport | None:
+    """The report of this process's newest restore; None before the first."""
+    return _last
+
+
+def publish(report: TransferReport) -> None:
+    global _last
+    _last = report
+
+
+def check_strict(fallbacks: Mapping[str, str], strict: bool | None) -> None:
+    """Raises FallbackError if there are `fallbacks` and `strict` (None: JAXGDS_STRICT) forbids it."""
+    if strict is None:
+        strict = os.environ.get("JAXGDS_STRICT", "0") not in ("", "0")
+    if strict and fallbacks:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(fallbacks.items())[:8])
+        raise FallbackError(
+            f"{len(fallbacks)} arrays would fall back to Orbax, which strict forbids: {shown}"
+        )
