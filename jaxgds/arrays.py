@@ -98,9 +98,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype, devices: tuple[jax.Device, .
         fill = buffer_callback(
             lambda ctx, out: None, jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True
         )
-        call = jax.jit(
-            jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False)
-        )
+        call = jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False))
     else:
         stacked = (shape[0] * len(devices), *shape[1:])
         call = jax.jit(

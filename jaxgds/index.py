@@ -47,9 +47,7 @@ class StoredArray:
     @property
     def grid(self) -> tuple[int, ...]:
         """Number of chunks along each axis."""
-        return tuple(
-            -(-n // c) for n, c in zip(self.layout.shape, self.layout.chunk, strict=True)
-        )
+        return tuple(-(-n // c) for n, c in zip(self.layout.shape, self.layout.chunk, strict=True))
 
     def chunk(self, index: tuple[int, ...]) -> Source:
         """Where the chunk at `index` of the chunk grid lies (its encoded bytes).

@@ -1,23 +1,41 @@
-"""`jaxgds.load`: a checkpoint directory -> a pytree of arrays, each with its sharding."""
+"""`jaxgds.load`: a checkpoint on disk -> a pytree of arrays, each with its sharding."""
 
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxgds import orbax
+from jaxgds import orbax, report, restore
 from jaxgds.errors import CheckpointError
+from jaxgds.index import StoredArray
+from jaxgds.report import TransferReport
+from jaxgds.safetensors import is_safetensors, open_safetensors
 
 
-def load(path: str | os.PathLike[str], target: Any = None, *, strict: bool | None = None) -> Any:
-    """Restores a checkpoint that Orbax wrote.
+def load(
+    path: str | os.PathLike[str],
+    target: Any = None,
+    *,
+    rename: Callable[[str], str | None] | None = None,
+    strict: bool | None = None,
+) -> Any:
+    """Restores a checkpoint of Orbax or of safetensors files.
 
     Args:
-      path: the checkpoint: an item directory (with `_METADATA`), or a directory that holds exactly
-        one, such as a step of a `CheckpointManager` or an Orbax v1 checkpoint.
-      target: pytree of `jax.ShapeDtypeStruct` with `sharding` set, or an abstract `nnx.State`;
-        None gives nested dicts and lists, with the shardings the arrays were saved with.
-      strict: raise `FallbackError` instead of leaving an array to Orbax; None asks
+      path: an Orbax item directory (with `_METADATA`) or a directory that holds exactly one, such
+        as a step of a `CheckpointManager` or an Orbax v1 checkpoint; or a safetensors file,
+        a directory of them, or a `*.safetensors.index.json`.
+      target: pytree of `jax.ShapeDtypeStruct` with `sharding` set, or an abstract `nnx.State`.
+        None gives what was saved: from Orbax, nested dicts and lists with the shardings of the
+        save; from safetensors, a flat dict of arrays on the default device.
+      rename: safetensors only: tensor name -> name in `target`, its key path joined by dots
+        (None leaves the tensor out).
+      strict: raise `FallbackError` instead of restoring an array by slower means; None asks
         the environment variable JAXGDS_STRICT.
 
     Returns:
@@ -27,7 +45,15 @@ def load(path: str | os.PathLike[str], target: Any = None, *, strict: bool | Non
       CheckpointError: no checkpoint there, or a damaged one.
       ValueError: `target` does not fit the checkpoint.
     """
-    folder = _item_directory(os.path.abspath(os.fspath(path)))
+    path = os.path.abspath(os.fspath(path))
+    if is_safetensors(path):
+        return _load_safetensors(path, target, rename or (lambda name: name), strict)
+    if rename is not None:
+        raise ValueError(f"{path}: rename is for safetensors; Orbax checkpoints keep their tree")
+    return _load_orbax(_item_directory(path), target, strict)
+
+
+def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
     checkpointer = ocp.Checkpointer(orbax.handler(strict=strict))
     try:
         if target is None:
@@ -53,3 +79,76 @@ def _item_directory(path: str) -> str:
         f"{path}: not an Orbax item directory (no _METADATA)"
         + (f"; {found}, name one" if items else "; a checkpoint that was not completed has none")
     )
+
+
+def _load_safetensors(
+    path: str, target: Any, rename: Callable[[str], str | None], strict: bool | None
+) -> Any:
+    start = time.perf_counter()
+    index = open_safetensors(path)
+    stored = {new: name for name in index.names() if (new := rename(name)) is not None}
+    if target is None:
+        leaves = {name: None for name in stored}
+        treedef = None
+    else:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(target)
+        leaves = {".".join(ocp.tree.str_keypath(path)): leaf for path, leaf in flat}
+    absent = [name for name in leaves if name not in stored]
+    if absent:
+        raise ValueError(
+            f"{path}: target asks for {absent[:8]}, which no tensor is named; it has "
+            f"{list(stored)[:8]} (after rename), pass rename= to map the names"
+        )
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        name: (
+            index.array(stored[name]),
+            getattr(leaf, "sharding", None) or default,
+        )
+        for name, leaf in leaves.items()
+    }
+    for name, (array, _) in wanted.items():
+        shape = getattr(leaves[name], "shape", array.layout.shape)
+        if tuple(shape) != array.layout.shape:
+            raise ValueError(
+                f"{path}: tensor {array.name!r} has shape {array.layout.shape}, "
+                f"but the target {name!r} has {tuple(shape)}"
+            )
+    fallbacks = {name: why for name, pair in wanted.items() if (why := restore.unsupported(*pair))}
+    report.check_strict(fallbacks, strict)
+    indexed = time.perf_counter()
+    direct = [name for name in wanted if name not in fallbacks]
+    done = TransferReport(path="numpy")
+    result: dict[str, jax.Array] = {}
+    if direct:
+        arrays, done = restore.restore([wanted[name] for name in direct])
+        result.update(zip(direct, arrays, strict=True))
+    result.update({name: _through_numpy(*wanted[name]) for name in fallbacks})
+    for name, leaf in leaves.items():
+        dtype = getattr(leaf, "dtype", result[name].dtype)
+        if result[name].dtype != dtype:
+            result[name] = result[name].astype(dtype)
+    report.publish(
+        TransferReport(
+            **{
+                **done.__dict__,
+                "path": "mixed" if direct and fallbacks else done.path,
+                "seconds": time.perf_counter() - start,
+                "index_seconds": indexed - start,
+                "fallbacks": fallbacks,
+            }
+        )
+    )
+    ordered = [result[name] for name in leaves]
+    return result if treedef is None else jax.tree_util.tree_unflatten(treedef, ordered)
+
+
+def _through_numpy(array: StoredArray, sharding: Sharding) -> jax.Array:
+    """For what cannot be read in place: one host copy, then JAX's own transfer and dtype rules."""
+    ((_, source),) = array.chunks() if 0 not in array.layout.shape else (((), b""),)
+    if isinstance(source, bytes):
+        data = np.zeros(array.layout.shape, array.layout.dtype)
+    else:
+        count = source.nbytes // array.layout.dtype.itemsize
+        data = np.fromfile(source.file, array.layout.dtype, count, offset=source.offset)
+    return jax.device_put(data.reshape(array.layout.shape), sharding)

@@ -78,7 +78,7 @@ def handler(*, strict: bool | None = None, **kwargs: Any) -> ocp.PyTreeCheckpoin
     stock = ocp.type_handlers.get_type_handler(jax.Array)
     fast = _Handler.__new__(_Handler)
     # The registered handler carries a metadata store that a fresh one would lack.
-    fast.__dict__.update(stock.__dict__, _jaxgds_strict=strict)
+    vars(fast).update(vars(stock), _jaxgds_strict=strict)
     kinds = [k for k in ocp.type_handlers.supported_types() if k is not jax.Array]
     pairs = [(k, ocp.type_handlers.get_type_handler(k)) for k in kinds]
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, fast), *pairs)
@@ -127,9 +127,7 @@ async def _deserialize(self, infos, args, strict: bool | None) -> Sequence[jax.A
     return [result[i] for i in range(len(infos))]
 
 
-def _sort_out(
-    self, infos, args
-) -> tuple[dict[int, tuple[StoredArray, Sharding]], dict[int, str]]:
+def _sort_out(self, infos, args) -> tuple[dict[int, tuple[StoredArray, Sharding]], dict[int, str]]:
     """Which leaves jaxgds restores, and why it does not restore the others."""
     folder = os.fspath(infos[0].parent_dir)
     everything = range(len(infos))

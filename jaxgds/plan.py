@@ -110,9 +110,7 @@ class Plan:
         return sum(read.source_nbytes for read in self.reads)
 
 
-def make_plan(
-    arrays: Sequence[tuple[StoredArray, Sharding]], max_read: int = MAX_READ
-) -> Plan:
+def make_plan(arrays: Sequence[tuple[StoredArray, Sharding]], max_read: int = MAX_READ) -> Plan:
     """Plans the reads that fill every addressable shard of `arrays`.
 
     Args:

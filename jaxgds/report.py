@@ -59,7 +59,7 @@ def publish(report: TransferReport) -> None:
 
 
 def check_strict(fallbacks: Mapping[str, str], strict: bool | None) -> None:
-    """Raises FallbackError if there are `fallbacks` and `strict` (None: JAXGDS_STRICT) forbids it."""
+    """Raises FallbackError if there are `fallbacks` that `strict` (None: JAXGDS_STRICT) forbids."""
     if strict is None:
         strict = os.environ.get("JAXGDS_STRICT", "0") not in ("", "0")
     if strict and fallbacks:

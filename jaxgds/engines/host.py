@@ -35,9 +35,7 @@ class HostEngine:
 
     def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
         with Files() as files:
-            run_all(
-                [lambda r=read: _read(r, files, buffers) for read in reads], self._threads
-            )
+            run_all([lambda r=read: _read(r, files, buffers) for read in reads], self._threads)
 
 
 def run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
