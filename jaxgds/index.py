@@ -31,6 +31,7 @@ class Extent:
 
 
 Source = Extent | bytes  # bytes: a value held inline by the metadata
+_ABSENT = 2**64 - 1  # offset and length, in a shard's index, of a chunk that was not stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +66,10 @@ class StoredArray:
             self._shard_indices[outer] = self._read_shard_index(source)
         inner = tuple(i % p for i, p in zip(index, per, strict=True))
         at, length = self._shard_indices[outer][_ravel(inner, per)]
+        if at == length == _ABSENT:
+            raise CheckpointError(
+                f"array {self.name!r}: {_where(source)}: its shard lacks chunk {index}"
+            )
         if isinstance(source, bytes):
             return source[at : at + length]
         return Extent(source.file, source.offset + at, length)
@@ -85,16 +90,14 @@ class StoredArray:
         count = math.prod(self.layout.per_stored)
         size = 16 * count + 4
         raw = _tail(source, size, self.name)
-        where = "inline value" if isinstance(source, bytes) else source.file
+        where = _where(source)
         (checksum,) = struct.unpack("<I", raw[-4:])
         if checksum != _crc32c(raw[:-4]):
             raise CheckpointError(f"array {self.name!r}: {where}: a shard index fails its checksum")
         total = len(source) if isinstance(source, bytes) else source.nbytes
         entries = list(struct.iter_unpack("<QQ", raw[:-4]))
         for at, length in entries:
-            if at == length == 2**64 - 1:
-                raise CheckpointError(f"array {self.name!r}: {where}: a shard lacks a chunk")
-            if at + length > total - size:
+            if not (at == length == _ABSENT) and at + length > total - size:
                 raise CheckpointError(f"array {self.name!r}: {where}: a shard index points outside")
         return entries
 
@@ -215,6 +218,10 @@ def _tail(source: Source, nbytes: int, name: str) -> bytes:
     if len(data) != nbytes:
         raise CheckpointError(f"array {name!r}: {where} is truncated")
     return data
+
+
+def _where(source: Source) -> str:
+    return "inline value" if isinstance(source, bytes) else source.file
 
 
 def _ravel(index: tuple[int, ...], shape: tuple[int, ...]) -> int:

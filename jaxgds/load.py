@@ -50,7 +50,7 @@ def load(
         return _load_safetensors(path, target, rename or (lambda name: name), strict)
     if rename is not None:
         raise ValueError(f"{path}: rename is for safetensors; Orbax checkpoints keep their tree")
-    return _load_orbax(_item_directory(path), target, strict)
+    return _load_orbax(item_directory(path), target, strict)
 
 
 def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
@@ -65,7 +65,8 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
         checkpointer.close()
 
 
-def _item_directory(path: str) -> str:
+def item_directory(path: str) -> str:
+    """`path`, or the only Orbax item directory inside it."""
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if os.path.exists(os.path.join(path, "_METADATA")):
