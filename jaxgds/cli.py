@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from jaxgds.bench.checkpoints import FORMATS
 from jaxgds.errors import CheckpointError
 
 
@@ -23,6 +24,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument("path", help="Orbax item or step directory, safetensors file or directory")
     inspect.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     inspect.set_defaults(run=_inspect)
+    bench = commands.add_parser("bench", help="measure this machine: restore")
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    restore = benches.add_parser(
+        "restore",
+        help="jaxgds, Orbax and other loaders on the same bytes",
+        description="Makes checkpoints of the same arrays in several formats, and restores each "
+        "with every loader that is installed, in fresh processes, onto the first device. "
+        "Rates are of restored bytes; ratios are against the pinned-copy ceiling (hot) or the "
+        "O_DIRECT ceiling (--cold).",
+    )
+    restore.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
+    restore.add_argument("--size", type=float, default=2, metavar="GB", help="of each checkpoint")
+    restore.add_argument(
+        "--formats", default=None, help="comma-separated, of " + ", ".join(FORMATS)
+    )
+    restore.add_argument("--repeat", type=int, default=3, help="calls in each process")
+    restore.add_argument("--cold", action="store_true", help="drop the page cache before each call")
+    restore.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
+    restore.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    restore.set_defaults(run=_bench_restore)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -42,6 +63,28 @@ def _inspect(args: argparse.Namespace) -> int:
         print(table(found))
     _write_json(args.json, found)
     return 0
+
+
+def _bench_restore(args: argparse.Namespace) -> int:
+    from jaxgds.bench import restore
+
+    formats = tuple(args.formats.split(",")) if args.formats else FORMATS
+    if unknown := set(formats) - set(FORMATS):
+        raise ValueError(f"--formats: {sorted(unknown)} are not among {FORMATS}")
+    found = restore.run(
+        args.dir,
+        formats,
+        nbytes=int(args.size * 1e9),
+        repeat=args.repeat,
+        cold=args.cold,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.json != "-":
+        print(restore.table(found))
+    _write_json(args.json, found)
+    if args.plot:
+        restore.plot(found, args.plot)
+    return 1 if any("error" in row for row in found["results"]) else 0
 
 
 def _write_json(file: str | None, value: object) -> None:

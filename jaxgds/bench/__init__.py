@@ -1,0 +1,1 @@
+"""`jaxgds bench`: measurements that users can repeat, each against its physical limit and peers."""

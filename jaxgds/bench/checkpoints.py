@@ -1,0 +1,76 @@
+"""The checkpoints that `jaxgds bench restore` reads: the same bf16 arrays in several formats."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+
+
+SHAPE = (8192, 8192)  # one weight matrix: 128 MiB of bf16
+COLUMNS = 8  # chunks of the column-sharded checkpoint
+
+FORMATS = ("orbax-raw", "orbax-zstd", "orbax-columns", "safetensors")
+
+
+def make(folder: str, formats: tuple[str, ...], nbytes: int) -> dict[str, str]:
+    """Writes the checkpoints that are not there yet; returns format -> path.
+
+    Each is written by a process of its own, on CPU devices, so that the caller's memory and
+    devices stay as they are.
+    """
+    paths = {}
+    for name in formats:
+        count = max(1, round(nbytes / (math.prod(SHAPE) * 2)))
+        path = paths[name] = os.path.join(folder, f"{name}-{count}")
+        if os.path.exists(path):
+            continue
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={COLUMNS}"
+        os.makedirs(folder, exist_ok=True)
+        subprocess.run(
+            [sys.executable, "-m", "jaxgds.bench.checkpoints", name, path, str(count)],
+            check=True,
+            env=env,
+        )
+    return paths
+
+
+def weights(count: int) -> dict[str, np.ndarray]:
+    """`count` matrices that look like weights: normal, 0.02 wide, none alike."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((SHAPE[0] // 8, SHAPE[1]), np.float32)
+    block = np.tile((rows * 0.02).astype(ml_dtypes.bfloat16).view(np.uint16), (8, 1))
+    # Shifted copies lie too far apart for a compressor's window to notice.
+    return {
+        f"layer_{i:03d}": np.roll(block, 4099 * i + 1, axis=1).view(ml_dtypes.bfloat16)
+        for i in range(count)
+    }
+
+
+def _write(name: str, path: str, count: int) -> None:
+    if name == "safetensors":
+        from safetensors.numpy import save_file
+
+        os.makedirs(path + ".tmp", exist_ok=True)
+        save_file(weights(count), os.path.join(path + ".tmp", "model.safetensors"))
+        shutil.move(path + ".tmp", path)
+        return
+    import jax
+    import orbax.checkpoint as ocp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    columns = NamedSharding(mesh, PartitionSpec(None, "x"))
+    where = columns if name == "orbax-columns" else jax.devices()[0]
+    tree = {k: jax.device_put(v, where) for k, v in weights(count).items()}
+    handler = ocp.PyTreeCheckpointHandler(use_compression=name == "orbax-zstd")
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(tree))
+
+
+if __name__ == "__main__":
+    _write(sys.argv[1], sys.argv[2], int(sys.argv[3]))
