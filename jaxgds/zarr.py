@@ -70,7 +70,9 @@ def parse(v2: bytes | None, v3: bytes | None, name: str) -> Layout:
             return _parse_v3(json.loads(v3), name)
         assert v2 is not None
         return _parse_v2(json.loads(v2), name)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
+    except CheckpointError:
+        raise
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         raise CheckpointError(f"array {name!r}: its zarr metadata is damaged ({e!r})") from e
 
 
@@ -103,14 +105,18 @@ def _parse_v3(meta: dict[str, Any], name: str) -> Layout:
         if len(codecs) > 1:
             raise NotImplementedError(f"array {name!r}: codecs after sharding_indexed")
         sharding = codecs[0]["configuration"]
-        index_codecs = [c["name"] for c in sharding["index_codecs"]]
-        if sharding.get("index_location", "end") != "end" or index_codecs != ["bytes", "crc32c"]:
+        index_codecs = sharding["index_codecs"]
+        if (
+            sharding.get("index_location", "end") != "end"
+            or [c["name"] for c in index_codecs] != ["bytes", "crc32c"]
+            or not _little_endian(index_codecs[0])
+        ):
             raise NotImplementedError(f"array {name!r}: shard index {sharding!r}")
         chunk, codecs, sharded = sharding["chunk_shape"], sharding["codecs"], True
     names = [c["name"] for c in codecs]
     if names not in (["bytes"], ["bytes", "zstd"]):
         raise NotImplementedError(f"array {name!r}: zarr codecs {names!r}")
-    if codecs[0].get("configuration", {}).get("endian", "little") != "little":
+    if not _little_endian(codecs[0]):
         raise NotImplementedError(f"array {name!r}: big-endian data")
     encoding = meta["chunk_key_encoding"]
     v2_keys = encoding["name"] == "v2"
@@ -128,20 +134,27 @@ def _parse_v3(meta: dict[str, Any], name: str) -> Layout:
     )
 
 
+def _little_endian(codec: dict[str, Any]) -> bool:
+    return codec.get("configuration", {}).get("endian", "little") == "little"
+
+
 def _layout(
     name: str, *, shape, dtype, stored, chunk, codec, sharded: bool, prefix: str, separator: str
 ) -> Layout:
     if codec not in ("raw", "zstd"):
         raise NotImplementedError(f"array {name!r}: codec {codec!r}, only zstd and none are read")
+    if dtype is None or separator not in (".", "/"):
+        raise CheckpointError(f"array {name!r}: impossible {dtype=} or {separator=}")
     try:
         dt = np.dtype(dtype)
     except TypeError as e:
         raise NotImplementedError(f"array {name!r}: dtype {dtype!r}") from e
-    if dt.byteorder == ">" or dt.kind not in "biufcV" or dt.names is not None:
+    # bfloat16 and its like are of kind V; np.void are bytes, records and subarrays.
+    if dt.byteorder == ">" or dt.kind not in "biufcV" or dt.type is np.void:
         raise NotImplementedError(f"array {name!r}: dtype {dtype!r}")
     shape, stored, chunk = tuple(shape), tuple(stored), tuple(chunk)
     sizes = [*shape, *stored, *chunk]
-    if not all(isinstance(n, int) and n >= 0 for n in sizes) or not (
+    if not all(type(n) is int and n >= 0 for n in sizes) or not (
         len(shape) == len(stored) == len(chunk)
     ):
         raise CheckpointError(f"array {name!r}: {shape=} does not fit {stored=}, {chunk=}")
