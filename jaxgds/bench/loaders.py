@@ -24,7 +24,7 @@ def main(loader: str, path: str, repeat: int) -> None:
     before = _resident()
     watch = _PeakMemory()
     watch.start()
-    seconds, nbytes, breakdown = [], 0, {}
+    seconds, nbytes, first_peak, breakdown = [], 0, before, {}
     for i in range(repeat):
         gc.collect()
         start = time.perf_counter()
