@@ -1,0 +1,73 @@
+# make demo, make test: what they need goes into .venv when it is first needed.
+.PHONY: help demo test test-gpu lint clean
+.DEFAULT_GOAL := help
+
+bin := .venv/bin
+comma := ,
+
+# On a machine with an NVIDIA GPU, the CUDA extra that its driver can run.
+driver := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
+	| grep -oE -m 1 '^[0-9]+')
+cuda := $(if $(driver),$(shell [ $(driver) -ge 580 ] && echo cuda13 || echo cuda12))
+
+# .venv holds the extras that a stamp is named after, as pyproject.toml now lists them.
+for_demo := .venv/installed-examples$(cuda:%=-%)
+for_dev := .venv/installed-dev-examples$(cuda:%=-%)
+
+help:
+	@echo 'make demo      restore a checkpoint, chat with a 4-bit KV cache, measure its perplexity'
+	@echo 'make test      the tests that need no GPU'
+	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
+	@echo 'make lint      ruff and pyright'
+	@echo 'make clean     remove .venv, the downloads and the caches'
+
+demo: $(for_demo)
+	@$(bin)/python -m examples.demo
+
+test: $(for_dev)
+	$(bin)/python -m pytest -m "not gpu and not aot"
+
+test-gpu: $(for_dev)
+	$(bin)/python -m pytest -m gpu
+
+lint: $(for_dev)
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/pyright
+
+clean:
+	rm -rf .venv .demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment that works is kept; otherwise it is made by the first Python >= 3.12 that
+# runs. (A pyenv shim exists for versions that the current folder does not select: they do not run.)
+recent = -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+pythons = "$(PYTHON)" python3.12 python3.13 python3.14 python3 \
+	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3
+
+.venv/installed-%: pyproject.toml
+	@set -e; \
+	if ! { $(bin)/python $(recent) && $(bin)/python -m pip --version >/dev/null 2>&1; }; then \
+		python=; \
+		for candidate in $(pythons); do \
+			if [ -n "$$candidate" ] && "$$candidate" $(recent); then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo 'No Python >= 3.12 was found. Install one, for example with'; \
+			echo '    pyenv install 3.12'; \
+			echo '    apt install python3 python3-venv     (Debian 13, Ubuntu 24.04 or newer)'; \
+			echo 'or name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)'; \
+			exit 1; \
+		fi >&2; \
+		if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+			echo "$$python cannot make virtual environments: its venv package is missing. Run"; \
+			echo '    apt install python3-venv'; \
+			exit 1; \
+		fi >&2; \
+		echo "Making .venv with $$($$python --version) ($$python)"; \
+		"$$python" -m venv --clear .venv; \
+	fi; \
+	echo 'Installing into .venv: $(subst -, and ,$*)'; \
+	$(bin)/python -m pip install --disable-pip-version-check \
+		--editable '.[$(subst -,$(comma),$*)]'; \
+	touch $@
