@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from jaxgds.bench.checkpoints import FORMATS
-from jaxgds.errors import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument("path", help="Orbax item or step directory, safetensors file or directory")
     inspect.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser(
+        "doctor",
+        help="which I/O path this machine and this file system give, and why",
+        description="Looks at the machine, JAX's devices, GPUDirect Storage and, given a PATH, "
+        "at its file system; says which path a restore takes.",
+    )
+    doctor.add_argument("path", nargs="?", help="a checkpoint, or any directory")
+    doctor.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
+    doctor.set_defaults(run=_doctor)
     bench = commands.add_parser("bench", help="measure this machine: restore")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
@@ -47,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (CheckpointError, ValueError) as e:
+    except (OSError, ValueError) as e:  # CheckpointError is a ValueError
         print(f"jaxgds {args.command}: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `jaxgds inspect ... | head`
@@ -59,6 +67,16 @@ def _inspect(args: argparse.Namespace) -> int:
     from jaxgds.inspect import inspect, table
 
     found = inspect(args.path)
+    if args.json != "-":
+        print(table(found))
+    _write_json(args.json, found)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from jaxgds.doctor import doctor, table
+
+    found = doctor(args.path)
     if args.json != "-":
         print(table(found))
     _write_json(args.json, found)
