@@ -1,4 +1,4 @@
-"""What the tests compare with: checkpoints that stock Orbax wrote, read by TensorStore and Orbax."""
+"""What the tests compare with: checkpoints of stock Orbax, as TensorStore and Orbax read them."""
 
 from typing import Any
 
@@ -112,7 +112,7 @@ def assert_same(ours: Any, stock: Any) -> None:
             continue
         assert a.sharding == b.sharding, name
         assert a.committed == b.committed and a.weak_type == b.weak_type, name
-        assert a.format == b.format, name
+        assert getattr(a, "format") == getattr(b, "format"), name  # noqa: B009  not in its stubs
         for s, t in zip(a.addressable_shards, b.addressable_shards, strict=True):
             assert (s.device, s.index, s.replica_id) == (t.device, t.index, t.replica_id), name
             assert raw(s.data) == raw(t.data), (name, s.device)
