@@ -22,6 +22,8 @@ from jaxgds.zarr import Codec
 # Small enough that many threads share one large array, large enough that a
 # system call's cost vanishes.
 MAX_READ = 8 << 20
+# Segments that are scattered are staged whole, so they must fit into a slot of a staging ring.
+MAX_STAGED = 4 << 20
 # Runs at least this long are worth a read of their own; shorter ones are read
 # together, with the gaps between them, and scattered.
 MIN_RUN = 64 << 10
@@ -177,23 +179,37 @@ class _Scatter:
 
     def segments(self, limit: int) -> Iterator[Segment]:
         """The whole chunk, front to back (a compressed frame cannot be entered midway)."""
-        whole = self._pieces(tuple((0, n) for n in self.chunk))
-        nbytes = math.prod(self.chunk) * self.itemsize
-        if len(whole) == 1 and whole[0].contiguous and whole[0].nbytes == nbytes:
-            yield Segment(nbytes, tuple(whole))
+        whole = self._whole()
+        if whole is not None:
+            yield Segment(whole.nbytes, (whole,))
             return
-        for slab in slabs(self.chunk, max(1, limit // self.itemsize)):
+        for slab in slabs(self.chunk, max(1, min(limit, MAX_STAGED) // self.itemsize)):
             nbytes = math.prod(b - a for a, b in slab) * self.itemsize
             yield Segment(nbytes, self._relative(self._pieces(slab), self._offset(slab)))
 
     def ranges(self, limit: int) -> Iterator[tuple[int, Segment]]:
         """Only the bytes that are needed: (offset in the chunk, segment) of each read."""
-        for slab in slabs(self.chunk, max(1, limit // self.itemsize)):
+        whole = self._whole()
+        if whole is not None:
+            step = max(1, limit // self.itemsize) * self.itemsize
+            for at in range(0, whole.nbytes, step):
+                n, to = min(step, whole.nbytes - at), whole.dst_offset + at
+                yield at, Segment(n, (Piece(whole.destination, (n,), 0, (1,), to, (1,)),))
+            return
+        for slab in slabs(self.chunk, max(1, min(limit, MAX_STAGED) // self.itemsize)):
             pieces = [p for piece in self._pieces(slab) for p in _long_runs(piece)]
             for group in _overlapping(pieces):
                 start = min(p.src_offset for p in group)
                 stop = max(_src_stop(p) for p in group)
                 yield start, Segment(stop - start, self._relative(group, start))
+
+    def _whole(self) -> Piece | None:
+        """The piece that takes the whole chunk as it is, if there is just that one."""
+        pieces = self._pieces(tuple((0, n) for n in self.chunk))
+        nbytes = math.prod(self.chunk) * self.itemsize
+        if len(pieces) == 1 and pieces[0].contiguous and pieces[0].nbytes == nbytes:
+            return pieces[0]
+        return None
 
     def _pieces(self, slab: Box) -> list[Piece]:
         """What each destination needs of `slab`; source offsets count from the chunk's start."""
