@@ -13,6 +13,7 @@ import numpy as np
 import zstandard
 
 from jaxgds.errors import CheckpointError
+from jaxgds.index import Source
 from jaxgds.plan import Piece, Read, Segment
 
 
@@ -80,13 +81,13 @@ class Files:
 def _read(read: Read, files: Files, buffers: Sequence["Buffer"]) -> None:
     with opened(read, files) as decoded:
         for segment in read.segments:
-            direct = _direct(segment)
-            if direct is not None:
-                pointer = buffers[direct.destination].pointer + direct.dst_offset
-                _fill(decoded, _memory(pointer, segment.nbytes), read)
+            whole = direct(segment)
+            if whole is not None:
+                pointer = buffers[whole.destination].pointer + whole.dst_offset
+                fill(decoded, _memory(pointer, segment.nbytes), read)
                 continue
             staging = np.empty(segment.nbytes, np.uint8)
-            _fill(decoded, memoryview(staging), read)
+            fill(decoded, memoryview(staging), read)
             for piece in segment.pieces:
                 scatter(staging, piece, buffers[piece.destination].pointer)
 
@@ -138,25 +139,29 @@ class _Range:
         return data
 
 
-def _fill(readinto: Callable[[memoryview], int], view: memoryview, read: Read) -> None:
+def fill(readinto: Callable[[memoryview], int], view: memoryview, read: Read) -> None:
+    """Fills `view` with the next bytes of `read`; CheckpointError if there are too few."""
     done = 0
     while done < len(view):
         n = readinto(view[done:])
         if not n:
-            source = read.source
-            where = (
-                "inline value"
-                if isinstance(source, bytes)
-                else f"{source.file} [{source.offset}, {source.offset + source.nbytes})"
-            )
-            raise CheckpointError(
-                f"{where}: array {read.array!r}: {len(view) - done} bytes are missing; "
-                "the file is truncated, restore another checkpoint or copy this one again"
-            )
+            raise truncated(read.source, read.array, len(view) - done)
         done += n
 
 
-def _direct(segment: Segment) -> Piece | None:
+def truncated(source: Source, array: str, missing: int) -> CheckpointError:
+    where = (
+        "inline value"
+        if isinstance(source, bytes)
+        else f"{source.file} [{source.offset}, {source.offset + source.nbytes})"
+    )
+    return CheckpointError(
+        f"{where}: array {array!r}: {missing} bytes are missing; "
+        "the file is truncated, restore another checkpoint or copy this one again"
+    )
+
+
+def direct(segment: Segment) -> Piece | None:
     """The piece that takes the whole segment as it is, if there is just that one."""
     if len(segment.pieces) == 1:
         piece = segment.pieces[0]
