@@ -1,22 +1,39 @@
 """The only I/O of this package: fill buffers with the bytes that a plan names."""
 
-import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
 
 from jaxgds.engines.host import HostEngine as HostEngine
+from jaxgds.engines.pinned import PinnedEngine as PinnedEngine
 from jaxgds.plan import Read
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Buffer:
-    """Memory that XLA owns and nobody else reads or writes until the reads are done."""
+ENGINES = ("gds", "pinned", "host")
 
-    pointer: int
-    nbytes: int
-    device: jax.Device
+
+class Buffer:
+    """Memory that XLA owns and nobody else reads or writes until the reads are done.
+
+    Args:
+      pointer: its address, or a function that waits until it is allocated and returns that.
+      nbytes: its size.
+      device: the device it is on.
+    """
+
+    __slots__ = ("_pointer", "device", "nbytes")
+
+    def __init__(self, pointer: int | Callable[[], int], nbytes: int, device: jax.Device):
+        self._pointer, self.nbytes, self.device = pointer, nbytes, device
+
+    @property
+    def pointer(self) -> int:
+        pointer = self._pointer
+        if not isinstance(pointer, int):
+            pointer = self._pointer = pointer()
+        return pointer
 
 
 class Engine(Protocol):
@@ -39,13 +56,24 @@ class Engine(Protocol):
         ...
 
 
-def engine_for(devices: set[jax.Device]) -> Engine:
+def engine_for(devices: set[jax.Device], force: str | None = None) -> Engine:
     """The engine for arrays on `devices`.
 
+    Args:
+      force: "gds", "pinned" or "host"; None asks the environment variable JAXGDS_ENGINE, and
+        else picks: on GPUs "gds" where it is proven to work, otherwise "pinned".
+
     Raises:
-      NotImplementedError: there is none for their platform.
+      ValueError: there is no engine of that name.
+      NotImplementedError: there is none for the devices' platform, or not the forced one.
     """
+    name = force or os.environ.get("JAXGDS_ENGINE") or None
+    if name not in (None, *ENGINES):
+        raise ValueError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
     platforms = {device.platform for device in devices}
-    if platforms == {"cpu"}:
+    if platforms == {"cpu"} and name in (None, "host"):
         return HostEngine()
-    raise NotImplementedError(f"no engine for {'+'.join(sorted(platforms))} devices")
+    if platforms == {"gpu"} and name in (None, "pinned"):
+        return PinnedEngine([device.local_hardware_id for device in devices])
+    forced = f"no engine {name!r}" if name else "no engine"
+    raise NotImplementedError(f"{forced} for {'+'.join(sorted(platforms))} devices")

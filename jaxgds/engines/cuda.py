@@ -1,0 +1,236 @@
+"""The few calls of the CUDA driver that the GPU engines make, through ctypes.
+
+ctypes releases the GIL during each call, and nothing needs to be installed besides the driver.
+Streams and events belong to the context that is current when they are made: `use` first.
+"""
+
+import ctypes
+import functools
+import mmap
+import os
+from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+
+
+_HOST, _DEVICE = 1, 2  # CUmemorytype
+_MADV_POPULATE_WRITE = 23
+_PORTABLE = 1  # pinned for every context, not just the current one
+_NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
+_BLOCKING_SYNC, _DISABLE_TIMING = 1, 2
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA driver failed; names the call and the driver's reason."""
+
+
+class Copy3D(ctypes.Structure):
+    """CUDA_MEMCPY3D of cuda.h."""
+
+    _fields_ = [
+        *[(name, c_size_t) for name in ("src_x", "src_y", "src_z", "src_lod")],
+        ("src_kind", c_int),
+        ("src_host", c_void_p),
+        ("src_device", c_uint64),
+        ("src_array", c_void_p),
+        ("src_reserved", c_void_p),
+        *[(name, c_size_t) for name in ("src_pitch", "src_height")],
+        *[(name, c_size_t) for name in ("dst_x", "dst_y", "dst_z", "dst_lod")],
+        ("dst_kind", c_int),
+        ("dst_host", c_void_p),
+        ("dst_device", c_uint64),
+        ("dst_array", c_void_p),
+        ("dst_reserved", c_void_p),
+        *[(name, c_size_t) for name in ("dst_pitch", "dst_height", "width", "height", "depth")],
+    ]
+
+
+_SIGNATURES = {
+    "cuInit": [c_uint],
+    "cuGetErrorName": [c_int, POINTER(c_char_p)],
+    "cuGetErrorString": [c_int, POINTER(c_char_p)],
+    "cuDeviceGet": [POINTER(c_int), c_int],
+    "cuDeviceGetPCIBusId": [c_char_p, c_int, c_int],
+    "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
+    "cuCtxSetCurrent": [c_void_p],
+    "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
+    "cuMemHostUnregister": [c_void_p],
+    "cuMemAlloc_v2": [POINTER(c_uint64), c_size_t],
+    "cuMemFree_v2": [c_uint64],
+    "cuStreamCreate": [POINTER(c_void_p), c_uint],
+    "cuStreamSynchronize": [c_void_p],
+    "cuStreamDestroy_v2": [c_void_p],
+    "cuEventCreate": [POINTER(c_void_p), c_uint],
+    "cuEventRecord": [c_void_p, c_void_p],
+    "cuEventSynchronize": [c_void_p],
+    "cuEventDestroy_v2": [c_void_p],
+    "cuMemcpyHtoDAsync_v2": [c_uint64, c_void_p, c_size_t, c_void_p],
+    "cuMemcpyDtoDAsync_v2": [c_uint64, c_uint64, c_size_t, c_void_p],
+    "cuMemcpyDtoHAsync_v2": [c_void_p, c_uint64, c_size_t, c_void_p],
+    "cuMemcpy3DAsync_v2": [POINTER(Copy3D), c_void_p],
+}
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """The loaded and initialised driver library.
+
+    Raises:
+      NotImplementedError: there is no NVIDIA driver here.
+    """
+    try:
+        lib = ctypes.CDLL("libcuda.so.1")
+    except OSError as e:
+        raise NotImplementedError(f"no NVIDIA driver: {e}") from e
+    for name, arguments in _SIGNATURES.items():
+        getattr(lib, name).argtypes = arguments
+    status = lib.cuInit(0)
+    if status:
+        raise NotImplementedError(f"cuInit failed: {_reason(lib, status)}")
+    return lib
+
+
+def call(name: str, *arguments: object) -> None:
+    """Calls the driver's function `name`; CudaError if it does not return success."""
+    lib = driver()
+    status = getattr(lib, name)(*arguments)
+    if status:
+        raise CudaError(f"{name}: {_reason(lib, status)}")
+
+
+def _reason(lib: ctypes.CDLL, status: int) -> str:
+    name, text = c_char_p(), c_char_p()
+    lib.cuGetErrorName(status, ctypes.byref(name))
+    lib.cuGetErrorString(status, ctypes.byref(text))
+    return f"{(name.value or b'?').decode()} ({(text.value or b'?').decode()})"
+
+
+@functools.cache
+def context(ordinal: int) -> int:
+    """The primary context of GPU `ordinal`: the one JAX uses. Kept for the process's life."""
+    device, found = c_int(), c_void_p()
+    driver()
+    call("cuDeviceGet", ctypes.byref(device), ordinal)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(found), device)
+    assert found.value
+    return found.value
+
+
+def use(ordinal: int) -> None:
+    """Makes GPU `ordinal` current for the calling thread."""
+    call("cuCtxSetCurrent", context(ordinal))
+
+
+class Pinned:
+    """Page-locked host memory, page-aligned, that every GPU copies from at full speed.
+
+    Anonymous memory, populated and then registered: several times faster than cuMemHostAlloc,
+    and what takes the time, the zeroing, runs on all threads that pin at once.
+
+    Attributes:
+      pointer: its address.
+      view: its bytes.
+    """
+
+    def __init__(self, nbytes: int):
+        self._map = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self._map)
+        self.pointer = ctypes.addressof(c_char.from_buffer(self._map))
+        libc = ctypes.CDLL(None)
+        for advice in (
+            mmap.MADV_HUGEPAGE,
+            _MADV_POPULATE_WRITE,
+        ):  # hints: their failure is harmless
+            libc.madvise(c_void_p(self.pointer), c_size_t(nbytes), advice)
+        call("cuMemHostRegister_v2", self.pointer, nbytes, _PORTABLE)
+
+    def close(self) -> None:
+        call("cuMemHostUnregister", self.pointer)
+
+
+def allocate(nbytes: int) -> int:
+    """Device memory of the current GPU, outside XLA's pool."""
+    pointer = c_uint64()
+    call("cuMemAlloc_v2", ctypes.byref(pointer), nbytes)
+    return pointer.value
+
+
+def free(pointer: int) -> None:
+    call("cuMemFree_v2", pointer)
+
+
+def stream() -> int:
+    made = c_void_p()
+    call("cuStreamCreate", ctypes.byref(made), _NON_BLOCKING)
+    assert made.value
+    return made.value
+
+
+def event() -> int:
+    """An event whose waiting thread sleeps: a spinning one would take a reader's core."""
+    made = c_void_p()
+    call("cuEventCreate", ctypes.byref(made), _BLOCKING_SYNC | _DISABLE_TIMING)
+    assert made.value
+    return made.value
+
+
+def copy_box(
+    src: int,
+    dst: int,
+    shape: tuple[int, int, int],
+    src_strides: tuple[int, int],
+    dst_strides: tuple[int, int],
+    stream: int,
+    *,
+    from_host: bool,
+) -> None:
+    """Queues the copy of a box of bytes into device memory.
+
+    Args:
+      src, dst: addresses of the first byte.
+      shape: (depth, height, width).
+      src_strides, dst_strides: bytes from plane to plane, and from row to row; the former
+        must be a multiple of the latter.
+      from_host: `src` is host memory, pinned; otherwise memory of the same GPU.
+    """
+    depth, height, width = shape
+    box = Copy3D(
+        src_kind=_HOST if from_host else _DEVICE,
+        src_host=src if from_host else None,
+        src_device=0 if from_host else src,
+        src_pitch=src_strides[1],
+        src_height=src_strides[0] // src_strides[1],
+        dst_kind=_DEVICE,
+        dst_device=dst,
+        dst_pitch=dst_strides[1],
+        dst_height=dst_strides[0] // dst_strides[1],
+        width=width,
+        height=height,
+        depth=depth,
+    )
+    call("cuMemcpy3DAsync_v2", ctypes.byref(box), stream)
+
+
+def near_cpus(ordinal: int) -> set[int] | None:
+    """The CPUs on the NUMA node of GPU `ordinal`; None where there is one node, or none known."""
+    device, text = c_int(), (c_char * 32)()
+    try:
+        if len([n for n in os.listdir("/sys/devices/system/node") if n[4:].isdigit()]) < 2:
+            return None
+        call("cuDeviceGet", ctypes.byref(device), ordinal)
+        call("cuDeviceGetPCIBusId", text, 32, device)
+        with open(f"/sys/bus/pci/devices/{text.value.decode().lower()}/numa_node") as f:
+            node = int(f.read())
+        with open(f"/sys/devices/system/node/node{node}/cpulist") as f:
+            cpus = parse_cpus(f.read())
+    except (OSError, ValueError):
+        return None
+    return (cpus & os.sched_getaffinity(0)) or None
+
+
+def parse_cpus(text: str) -> set[int]:
+    """The CPUs of a kernel list such as "0-3,8,10-11"."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            cpus |= set(range(int(first), int(last or first) + 1))
+    return cpus

@@ -1,0 +1,187 @@
+"""Pinned memory that one process keeps for all its restores, in lanes: one for each reader thread.
+
+A lane is a few slots. Its thread fills a slot, queues the copy to the device, goes on
+with the next slot, and comes back to a slot only when its copies are done. Slots are
+small enough to stay in the CPU's cache, so that the bytes cross main memory once.
+"""
+
+import os
+import threading
+
+from jaxgds.engines import cuda
+
+
+# Measured on one H100 and 16 cores.
+THREADS_PER_GPU = 16
+SLOTS = 2
+SLOT_BYTES = 4 << 20
+# A slot has room for a read that is widened to whole blocks at both ends.
+MARGIN = 2 * 4096
+MAX_PINNED = 256 << 20
+
+
+class Slot:
+    """A page-aligned piece of pinned memory, and the copies out of it that are under way."""
+
+    def __init__(self, pointer: int, view: memoryview):
+        self.pointer, self.view = pointer, view
+        self.events: dict[int, int] = {}  # GPU -> event
+        self.pending: set[int] = set()  # GPUs that still copy out of it
+
+    def wait(self) -> None:
+        while self.pending:
+            cuda.call("cuEventSynchronize", self.events[self.pending.pop()])
+
+
+class Lane:
+    """The slots of one thread, and its stream on each GPU."""
+
+    def __init__(self, slots: int, slot_bytes: int):
+        self.slot_bytes = slot_bytes
+        self._count = slots
+        self._memory: cuda.Pinned | None = None
+        self._slots: list[Slot] = []
+        self._next = 0
+        self._streams: dict[int, int] = {}
+        self._scratch: dict[int, tuple[int, int]] = {}  # GPU -> (pointer, bytes)
+        self._current: int | None = None
+        self._opening = threading.Lock()
+
+    def open(self, ordinal: int) -> None:
+        """Pins the slots (once), and makes GPU `ordinal` current for the calling thread."""
+        self.use(ordinal)
+        with self._opening:
+            if not self._slots:
+                nbytes = self.slot_bytes + MARGIN
+                memory = self._memory = cuda.Pinned(self._count * nbytes)
+                self._slots = [
+                    Slot(memory.pointer + at, memory.view[at : at + nbytes])
+                    for at in range(0, self._count * nbytes, nbytes)
+                ]
+
+    def use(self, ordinal: int) -> None:
+        cuda.use(ordinal)
+        self._current = ordinal
+
+    def slot(self) -> Slot:
+        """The slot that was used longest ago, free again."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        slot.wait()
+        return slot
+
+    def stream(self, ordinal: int) -> int:
+        """This lane's stream on GPU `ordinal`, which becomes current."""
+        if self._current != ordinal:
+            self.use(ordinal)
+        stream = self._streams.get(ordinal)
+        if stream is None:
+            stream = self._streams[ordinal] = cuda.stream()
+        return stream
+
+    def release(self, slot: Slot, ordinal: int) -> None:
+        """Marks `slot` as free once all that is queued on the stream of GPU `ordinal` is done."""
+        stream = self.stream(ordinal)
+        event = slot.events.get(ordinal)
+        if event is None:
+            event = slot.events[ordinal] = cuda.event()
+        cuda.call("cuEventRecord", event, stream)
+        slot.pending.add(ordinal)
+
+    def scratch(self, ordinal: int, nbytes: int) -> int:
+        """Device memory of the current GPU for what is queued next; kept until `drain`."""
+        pointer, have = self._scratch.get(ordinal, (0, 0))
+        if have < nbytes:
+            if have:
+                cuda.call("cuStreamSynchronize", self._streams[ordinal])
+                cuda.free(pointer)
+                del self._scratch[ordinal]
+            pointer = cuda.allocate(nbytes)
+            self._scratch[ordinal] = (pointer, nbytes)
+        return pointer
+
+    def drain(self) -> None:
+        """Returns when nothing of this lane's is under way; gives device memory back."""
+        for ordinal, stream in self._streams.items():
+            self.use(ordinal)
+            cuda.call("cuStreamSynchronize", stream)
+            pointer, have = self._scratch.pop(ordinal, (0, 0))
+            if have:
+                cuda.free(pointer)
+        for slot in self._slots:
+            slot.pending.clear()
+
+    def close(self) -> None:
+        """Drains, and gives everything back."""
+        self.drain()
+        for ordinal, stream in self._streams.items():
+            self.use(ordinal)
+            for slot in self._slots:
+                if ordinal in slot.events:
+                    cuda.call("cuEventDestroy_v2", slot.events[ordinal])
+            cuda.call("cuStreamDestroy_v2", stream)
+        self._streams.clear()
+        self._slots.clear()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+
+class Ring:
+    """All lanes of a process, used by one restore at a time.
+
+    Args:
+      threads: lanes per GPU; all lanes together stay below the number of cores and MAX_PINNED.
+    """
+
+    def __init__(
+        self,
+        threads: int = THREADS_PER_GPU,
+        slots: int = SLOTS,
+        slot_bytes: int = SLOT_BYTES,
+    ):
+        self.busy = threading.Lock()
+        self.slot_bytes = slot_bytes
+        self._threads, self._slots = threads, slots
+        self._lanes: list[Lane] = []
+        self._growing = threading.Lock()
+
+    def lanes(self, ordinals: list[int]) -> list[tuple[Lane, int]]:
+        """Lanes for a restore onto these GPUs, each with the GPU it works for first."""
+        count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
+        with self._growing:
+            while len(self._lanes) < count:
+                self._lanes.append(Lane(self._slots, self.slot_bytes))
+            lanes = self._lanes[:count]
+        return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(lanes)]
+
+    def warm(self, ordinals: list[int]) -> None:
+        """Begins to pin, in the background; whoever needs a lane before it is ready waits."""
+        for lane, ordinal in self.lanes(ordinals):
+            threading.Thread(target=_open, args=(lane, ordinal), name="jaxgds-pin").start()
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+
+
+def _open(lane: Lane, ordinal: int) -> None:
+    near(ordinal)
+    try:
+        lane.open(ordinal)
+    except cuda.CudaError:
+        pass  # the thread that needs the lane meets the same error, and reports it
+
+
+def near(ordinal: int) -> None:
+    """Keeps the calling thread on the NUMA node of GPU `ordinal`, where there are several."""
+    cpus = cuda.near_cpus(ordinal)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+
+
+def lane_count(gpus: int, threads: int, lane_bytes: int, cores: int | None = None) -> int:
+    """As many lanes as there are cores and pinned memory for, and at least one per GPU."""
+    cores = cores or len(os.sched_getaffinity(0))
+    return max(gpus, min(gpus * threads, cores, MAX_PINNED // lane_bytes))
