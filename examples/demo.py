@@ -56,6 +56,7 @@ def main() -> None:
     home = folder / "smollm2"
 
     step(1, "Save SmolLM2-135M-Instruct as an Orbax checkpoint, sharded over all devices")
+    prose = download.fetch(download.PROSE, folder)
     reader = smollm2.open_gguf(download.fetch(download.MODEL, folder))
     tokenizer = smollm2.read_tokenizer(reader)
     saved = save(reader, home)
@@ -71,7 +72,7 @@ def main() -> None:
     step(3, "Answer two questions about a text, with a bf16 and with a 4-bit KV cache")
     with jaxgds.orbax.installed():
         model = load(home)
-    articles = download.fetch(download.PROSE, folder).read_text().splitlines()
+    articles = prose.read_text().splitlines()
     chats = [answer(model, tokenizer, articles[:3], fmt, args.new_tokens) for fmt in ("bf16", K4V4)]
     bf16, k4v4 = chats
     ratio = bf16.bytes_per_token / k4v4.bytes_per_token
@@ -187,7 +188,15 @@ def show_restores(restored: dict[tuple[str, str], dict]) -> None:
         "grew by during\nthe restore; on CPU devices the restored weights are part of it."
     )
     for checkpoint in CHECKPOINTS:
-        print(f"jaxgds on {checkpoint}: {json.dumps(restored[checkpoint, 'jaxgds']['report'])}")
+        print(f"jaxgds on {checkpoint}: {summary(restored[checkpoint, 'jaxgds']['report'])}")
+
+
+def summary(report: dict) -> str:
+    """The part of `jaxgds.last_report().to_dict()` that a person asks for first."""
+    return (
+        f"path {report['path']}, {report['arrays']} arrays, "
+        f"{report['bytes_read'] / 1e6:.0f} MB read, {len(report['fallbacks'])} left to Orbax"
+    )
 
 
 def load(home: Path) -> llama.Llama:
@@ -195,7 +204,8 @@ def load(home: Path) -> llama.Llama:
     config = llama.Config(**json.loads((home / "config.json").read_text()))
     graph, target = llama.abstract_model(config, Mesh(jax.devices()[:1], ("model",)))
     state = ocp.StandardCheckpointer().restore(home / CHECKPOINTS["zstd"], target)
-    print("Weights on one device:", jaxgds.last_report())
+    if report := jaxgds.last_report():
+        print(f"Restored onto one device: {summary(report.to_dict())}")
     return nnx.merge(graph, jax.device_put(state, jax.devices()[0]))
 
 

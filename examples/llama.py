@@ -35,10 +35,7 @@ class Config:
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """Keys and values [batch, max_len, kv_heads, head_dim], of which lengths [batch] are filled.
-
-    The dtype is bfloat16, or float8_e4m3fn: the common FP8 cache, which casts without scales.
-    """
+    """Keys and values [batch, max_len, kv_heads, head_dim] in bf16, or cast without scales to FP8."""
 
     k: Array
     v: Array
@@ -46,17 +43,18 @@ class DenseCache:
 
     @staticmethod
     def create(dtype, batch: int, max_len: int, kv_heads: int, head_dim: int) -> "DenseCache":
-        k, v = (jnp.zeros((batch, max_len, kv_heads, head_dim), dtype) for _ in "kv")
-        return DenseCache(k, v, jnp.zeros(batch, jnp.int32))
+        empty = partial(jnp.zeros, (batch, max_len, kv_heads, head_dim), dtype)
+        return DenseCache(empty(), empty(), jnp.zeros(batch, jnp.int32))
 
     def append(self, k: Array, v: Array) -> "DenseCache":
-        rows = jnp.arange(k.shape[0])[:, None]
+        rows = jnp.arange(len(k))[:, None]
         slots = self.lengths[:, None] + jnp.arange(k.shape[1])
         limit = float(jnp.finfo(self.k.dtype).max)  # FP8 saturates: e4m3fn has no infinity
-        store = lambda old, new: old.at[rows, slots].set(  # noqa: E731
-            jnp.clip(new, -limit, limit).astype(old.dtype), mode="drop"
+        k, v = (
+            old.at[rows, slots].set(jnp.clip(new, -limit, limit).astype(old.dtype), mode="drop")
+            for old, new in ((self.k, k), (self.v, v))
         )
-        return DenseCache(store(self.k, k), store(self.v, v), self.lengths + k.shape[1])
+        return DenseCache(k, v, self.lengths + slots.shape[1])
 
     @property
     def bytes_per_token(self) -> int:
@@ -95,6 +93,7 @@ def rope(x: Float[Array, "batch new heads d"], positions: Int[Array, "batch new"
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+Embed = partial(nnx.Embed, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 Linear = partial(nnx.Linear, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 RMSNorm = partial(nnx.RMSNorm, dtype=jnp.bfloat16)  # weights and statistics in float32
 
@@ -112,7 +111,7 @@ class Block(nnx.Module):
         self.up = Linear(c.dim, c.mlp_dim, rngs=rngs)
         self.down = Linear(c.mlp_dim, c.dim, rngs=rngs)
 
-    def __call__(self, x, cache: Cache):
+    def __call__(self, x: Array, cache: Cache):
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
         positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
         h = self.attn_norm(x)
@@ -127,9 +126,7 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     def __init__(self, c: Config, rngs: nnx.Rngs):
         self.config = c
-        self.embed = nnx.Embed(
-            c.vocab, c.dim, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs
-        )
+        self.embed = Embed(c.vocab, c.dim, rngs=rngs)
         self.blocks = nnx.List([Block(c, rngs) for _ in range(c.layers)])
         self.norm = RMSNorm(c.dim, epsilon=c.norm_eps, rngs=rngs)
 
@@ -138,8 +135,8 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "batch new vocab"], list[Cache]]:
         """Logits (float32) of new tokens that follow what the caches hold, and the new caches.
 
-        The caches passed in are donated. Each layer is one jitted call, compiled once for all of
-        them; `jax.jit` around the whole model works too: fewer calls, a longer compilation.
+        The old caches are donated. Each layer is a jitted call, compiled once for all layers;
+        `jax.jit` around the whole works too: fewer calls, a longer compilation.
         """
         x, new = self.embed(tokens), []
         for block, cache in zip(self.blocks, caches, strict=True):
@@ -164,8 +161,8 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Greedy continuations of a batch of prompts, one token of each at a time.
 
-    Prompts may differ in length: what they have in common in length is read at once, then the
-    longer ones are read on, token by token, while the shorter ones answer (None: not yet).
+    Prompts may differ in length: the shortest's length is read at once; then longer ones are
+    read on, token by token, while shorter ones answer already (None: not yet answering).
     """
     common = min(map(len, prompts))
     tokens = jnp.asarray([prompt[:common] for prompt in prompts], jnp.int32)
