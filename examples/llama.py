@@ -35,7 +35,7 @@ class Config:
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """Keys and values [batch, max_len, kv_heads, head_dim] in bf16, or cast without scales to FP8."""
+    """Keys and values [batch, max_len, kv_heads, head_dim], bf16 or cast to FP8 without scales."""
 
     k: Array
     v: Array
