@@ -1,0 +1,692 @@
+"""Restores through jaxgds against the same restores by stock Orbax, bit for bit."""
+
+import asyncio
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxgds
+import jaxgds.orbax
+from jaxgds.errors import CheckpointError
+from jaxgds.report import publish
+
+
+pytestmark = [
+    # Stock Orbax, without a target. jaxgds reads the same file and does not warn.
+    pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Use `load` instead:DeprecationWarning"),
+]
+ArrayHandler = ocp.type_handlers.ArrayHandler
+STOCK = ArrayHandler.deserialize
+
+
+@pytest.fixture(autouse=True)
+def stock_method_before_and_after():
+    assert ArrayHandler.deserialize is STOCK
+    yield
+    assert ArrayHandler.deserialize is STOCK
+
+
+def mesh(*shape: int, reverse: bool = False) -> Mesh:
+    devices = jax.devices()[: int(np.prod(shape))]
+    return Mesh(
+        np.array(devices[::-1] if reverse else devices).reshape(shape),
+        ("x", "y", "z")[: len(shape)],
+    )
+
+
+def put(array, *spec, on: Mesh | None = None):
+    return jax.device_put(array, NamedSharding(on or mesh(4, 2), P(*spec)))
+
+
+def state() -> dict:
+    """Every leaf of this one is restored by jaxgds."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "f32": put(normal(16, 8), "x", "y"),
+        "bf16": put(normal(16, 24).astype(jnp.bfloat16), None, ("x", "y")),
+        "f16": put(normal(8, 4, 6).astype(np.float16), "x", None, "y"),
+        "replicated": put(normal(24, 10)),
+        "partly": put(normal(12, 64), "x"),
+        "scalar": put(np.int32(-7)),
+        "vector": put(np.arange(32, dtype=np.uint16), "y"),
+        "bool": put(rng.integers(0, 2, (8, 8)).astype(bool), "x"),
+        "i8": put(rng.integers(-128, 128, (8, 40), np.int8), "x", "y"),
+        "c64": put(normal(8, 4) + 1j * normal(8, 4), None, "y"),
+        "fp8": {
+            name: put(normal(16, 16).astype(name), "x", "y")
+            for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz")
+        },
+        "int4": put(rng.integers(-8, 8, (8, 6)).astype(jnp.int4), "x"),
+        "odd int4": put(rng.integers(-8, 8, (8, 3, 5)).astype(jnp.int4), "x"),
+        "key": jax.random.key(1),
+        "keys": put(jax.random.split(jax.random.key(2), 8), "x"),
+        "rbg": put(jax.random.split(jax.random.key(3, impl="rbg"), (2, 8)), None, "y"),
+        "one device": jax.device_put(normal(5, 3), jax.devices()[3]),
+        "layers": [{"w.x": put(normal(8, 8), "x"), "b/c": put(normal(8))}, {"é": put(normal(4))}],
+        "empty": {"dict": {}, "list": [], "none": None},
+        "step": 12,
+        "rate": 0.1,
+        "numpy": np.arange(6).reshape(2, 3),
+    }
+
+
+def abstract(tree, sharding=None):
+    """ShapeDtypeStructs of the arrays, with their shardings or what `sharding` gives for each."""
+
+    def leaf(x):
+        if not isinstance(x, jax.Array):
+            return x
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding(x) if sharding else x.sharding
+        )
+
+    return jax.tree.map(leaf, tree)
+
+
+def rows(on: Mesh):
+    """Splits the first axis that the mesh divides, over the whole mesh; replicates otherwise."""
+
+    def sharding(x):
+        spec = [None] * x.ndim
+        for axis, n in enumerate(x.shape):
+            if n % on.size == 0:
+                spec[axis] = on.axis_names
+                break
+        return NamedSharding(on, P(*spec))
+
+    return sharding
+
+
+TARGETS = {
+    "as saved": lambda tree: abstract(tree),
+    "other mesh": lambda tree: abstract(tree, rows(mesh(2, reverse=True))),
+    "more devices": lambda tree: abstract(tree, rows(mesh(2, 2, 2))),
+    "replicated": lambda tree: abstract(tree, lambda x: NamedSharding(mesh(8), P())),
+    "one device": lambda tree: abstract(tree, lambda x: SingleDeviceSharding(jax.devices()[5])),
+    "none": lambda tree: None,
+}
+
+
+class Standard:
+    def save(self, path, tree):
+        with ocp.StandardCheckpointer() as c:
+            c.save(path, tree)
+
+    def restore(self, path, target):
+        with ocp.StandardCheckpointer() as c:
+            return c.restore(path, target)
+
+
+class PyTree:
+    def save(self, path, tree):
+        with ocp.PyTreeCheckpointer() as c:
+            c.save(path, tree)
+
+    def restore(self, path, target):
+        with ocp.PyTreeCheckpointer() as c:
+            if target is None:
+                return c.restore(path)
+            args = ocp.checkpoint_utils.construct_restore_args(target)
+            return c.restore(path, args=ocp.args.PyTreeRestore(item=target, restore_args=args))
+
+
+class Async:
+    def save(self, path, tree):
+        with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as c:
+            c.save(path, args=ocp.args.StandardSave(tree))
+            c.wait_until_finished()
+
+    def restore(self, path, target):
+        with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as c:
+            return c.restore(path, args=ocp.args.StandardRestore(target))
+
+
+class Manager:
+    def save(self, path, tree):
+        with ocp.CheckpointManager(path) as m:
+            m.save(3, args=ocp.args.StandardSave(tree))
+            m.wait_until_finished()
+
+    def restore(self, path, target):
+        with ocp.CheckpointManager(path) as m:
+            return m.restore(3, args=ocp.args.StandardRestore(target))
+
+
+class V1:
+    def save(self, path, tree):
+        ocp.v1.save(path, tree)
+
+    def restore(self, path, target):
+        return ocp.v1.load(path, target)
+
+
+class V1PyTree(V1):
+    def restore(self, path, target):
+        return ocp.v1.load_pytree(path, target)
+
+
+class V1Checkpointer:
+    def save(self, path, tree):
+        with ocp.v1.training.Checkpointer(path) as c:
+            c.save(3, tree)
+
+    def restore(self, path, target):
+        with ocp.v1.training.Checkpointer(path) as c:
+            return c.load(3, target)
+
+
+WAYS = {
+    way.__name__: way() for way in (Standard, PyTree, Async, Manager, V1, V1PyTree, V1Checkpointer)
+}
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return state()
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def saved(request, tree, tmp_path_factory):
+    way = WAYS[request.param]
+    path = tmp_path_factory.mktemp("saved") / "checkpoint"
+    way.save(path, tree)
+    return way, path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_way_to_restore(saved, tree, target):
+    way, path = saved
+    wanted = TARGETS[target](tree)
+    stock = way.restore(path, wanted)
+    with jaxgds.orbax.installed(strict=True):
+        ours = way.restore(path, wanted)
+    oracle.assert_same(ours, stock)
+    report = oracle.last_report()
+    arrays = [x for x in jax.tree.leaves(stock) if isinstance(x, jax.Array)]
+    assert (report.path, report.fallbacks) == ("host", {})
+    assert report.arrays == len(arrays) > 10
+    assert report.bytes_restored == sum(
+        sum({str(s.index): s.data.nbytes for s in a.addressable_shards}.values()) for a in arrays
+    )
+
+
+@pytest.mark.parametrize("fmt", oracle.FORMATS, ids=oracle.format_id)
+@pytest.mark.parametrize("kwargs", [{}, {"chunk_bytes": 96}, {"file_bytes": 2048}], ids=str)
+def test_every_format(tmp_path, tree, fmt, kwargs):
+    path = oracle.save(tmp_path / "item", tree, fmt, **kwargs)
+    for target in (TARGETS["as saved"](tree), TARGETS["other mesh"](tree)):
+        stock = PyTree().restore(path, target)
+        with jaxgds.orbax.installed(strict=True):
+            ours = PyTree().restore(path, target)
+        oracle.assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("ocdbt", [False, True])
+@pytest.mark.parametrize("compress", [False, True])
+def test_every_v1_format(tmp_path, tree, zarr3, ocdbt, compress):
+    path = oracle.save_v1(tmp_path / "v1", tree, zarr3=zarr3, ocdbt=ocdbt, compress=compress)
+    stock = ocp.v1.load(path, abstract(tree))
+    with jaxgds.orbax.installed(strict=True):
+        ours = ocp.v1.load(path, abstract(tree))
+    oracle.assert_same(ours, stock)
+
+
+def both(path, item, restore_args=None, **kwargs):
+    """A PyTreeRestore by stock Orbax and by jaxgds: compared; returns the result and the report."""
+    if restore_args is None:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, **kwargs)
+    with ocp.PyTreeCheckpointer() as c:
+        stock = c.restore(path, args=args)
+        with jaxgds.orbax.installed():
+            ours = c.restore(path, args=args)
+    oracle.assert_same(ours, stock)
+    return ours, oracle.last_report()
+
+
+@pytest.fixture(scope="module")
+def item(tree, tmp_path_factory):
+    """One v0 item directory, OCDBT and zstd."""
+    return oracle.save(tmp_path_factory.mktemp("item") / "item", tree)
+
+
+def test_partial_restores(item, tree):
+    part = {"layers": tree["layers"], "bf16": tree["bf16"]}
+    got, report = both(item, abstract(part), partial_restore=True)
+    assert report.arrays == 4 and set(got) == {"layers", "bf16"}
+    placeholder = {**abstract(tree), "f32": ocp.PLACEHOLDER, "fp8": ocp.PLACEHOLDER}
+    with ocp.PyTreeCheckpointer() as c:
+        args = ocp.args.PyTreeRestore(
+            item={**placeholder, "fp8": dict.fromkeys(tree["fp8"], ocp.PLACEHOLDER)},
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract(tree)),
+        )
+        stock = c.restore(item, args=args)
+        with jaxgds.orbax.installed(strict=True):
+            ours = c.restore(item, args=args)
+    oracle.assert_same(ours, stock)
+    assert oracle.last_report().arrays == count_arrays(tree) - 4
+
+
+def count_arrays(tree) -> int:
+    return sum(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def special(dtype) -> np.ndarray:
+    """All values of a 16-bit float; for float32 these, neighbours of ties, and random bits."""
+    if np.dtype(dtype).itemsize == 2:
+        return np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    ties = [high + n for n in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x1001, 0x0FFF)]
+    noise = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, np.uint32)
+    denormal = np.arange(1 << 12, dtype=np.uint32)
+    return np.concatenate([*ties, noise, denormal, denormal + (1 << 31)]).view(np.float32)
+
+
+@pytest.mark.parametrize("source", FLOATS)
+def test_casts_between_floats(tmp_path, source):
+    """Equal to numpy's, hence to stock Orbax's, for every value; a NaN stays some NaN."""
+    values = special(source)
+    path = oracle.save(tmp_path / "item", {"w": jnp.asarray(values)})
+    for to in FLOATS:
+        args = {
+            "w": ocp.ArrayRestoreArgs(sharding=NamedSharding(mesh(8), P("x")), dtype=jnp.dtype(to))
+        }
+        restore = ocp.args.PyTreeRestore(item={"w": 0}, restore_args=args)
+        with ocp.PyTreeCheckpointer() as c, np.errstate(all="ignore"):
+            stock = c.restore(path, args=restore)["w"]
+            with jaxgds.orbax.installed(strict=True):
+                ours = c.restore(path, args=restore)["w"]
+        assert (ours.dtype, ours.sharding) == (stock.dtype, stock.sharding)
+        a, b = np.asarray(ours), np.asarray(stock)
+        nan = np.isnan(b)
+        assert (np.isnan(a) == nan).all()
+        assert a[~nan].tobytes() == b[~nan].tobytes()
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("f32", jnp.int32), ("f32", jnp.float8_e4m3fn), ("i8", jnp.float32), ("scalar", jnp.int8)],
+)
+def test_other_casts_are_left_to_orbax(item, tree, name, dtype):
+    wanted = jax.ShapeDtypeStruct(tree[name].shape, dtype, sharding=tree[name].sharding)
+    _, report = both(item, {name: wanted, "vector": abstract(tree["vector"])}, partial_restore=True)
+    assert "cast" in report.fallbacks[name] and report.path == "mixed"
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (20, 8), (8, 16), (4, 2)])
+def test_padding_and_truncation(item, tree, shape):
+    args = {
+        "f32": ocp.ArrayRestoreArgs(sharding=tree["f32"].sharding, global_shape=shape, strict=False)
+    }
+    _, report = both(item, {"f32": 0}, args, partial_restore=True)
+    assert set(report.fallbacks) == (set() if shape == (16, 8) else {"f32"})
+    if shape != (16, 8):
+        assert "(16, 8)" in report.fallbacks["f32"] and str(shape) in report.fallbacks["f32"]
+
+
+def test_a_wrong_shape_is_the_error_it_is_in_orbax(item, tree):
+    wrong = {"f32": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=tree["f32"].sharding)}
+    messages = []
+    for context in (threading.Lock(), jaxgds.orbax.installed()):
+        with context, pytest.raises(ValueError, match="not compatible with the stored shape") as e:
+            both_args = ocp.checkpoint_utils.construct_restore_args(wrong)
+            args = ocp.args.PyTreeRestore(item=wrong, restore_args=both_args, partial_restore=True)
+            with ocp.PyTreeCheckpointer() as c:
+                c.restore(item, args=args)
+        messages.append(str(e.value))
+    assert messages[0] == messages[1]
+
+
+def test_mesh_and_mesh_axes_come_first(item, tree):
+    args = {
+        "f32": ocp.ArrayRestoreArgs(
+            mesh=mesh(2), mesh_axes=P(None, "x"), sharding=tree["f32"].sharding
+        )
+    }
+    got, report = both(item, {"f32": 0}, args, partial_restore=True)
+    assert got["f32"].sharding == NamedSharding(mesh(2), P(None, "x")) and report.path == "host"
+
+
+def test_sharding_metadata(item):
+    with ocp.PyTreeCheckpointer() as c:
+        metadata = c.metadata(item).item_metadata["f32"]
+    args = {"f32": ocp.ArrayRestoreArgs(sharding=metadata.sharding)}
+    _, report = both(item, {"f32": 0}, args, partial_restore=True)
+    assert report.path == "host"
+
+
+def test_layouts_and_memory_kinds_are_left_to_orbax(item, tree):
+    sharding = tree["f32"].sharding
+    for other in (
+        Format(Layout(major_to_minor=(0, 1)), sharding),
+        sharding.with_memory_kind("pinned_host"),
+    ):
+        args = {"f32": ocp.ArrayRestoreArgs(sharding=other)}
+        _, report = both(item, {"f32": 0}, args, partial_restore=True)
+        assert report.path == "orbax" and set(report.fallbacks) == {"f32"}
+
+
+def test_leaves_restored_as_numpy_are_not_ours(item, tree):
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    publish(jaxgds.TransferReport("before"))
+    _, report = both(item, tree, args)
+    assert report.path == "before"
+
+
+def test_a_leaf_saved_from_numpy_restored_as_an_array(item):
+    args = {
+        "numpy": ocp.ArrayRestoreArgs(
+            sharding=NamedSharding(mesh(2), P("x")), dtype=np.dtype(np.int32)
+        )
+    }
+    got, report = both(item, {"numpy": 0}, args, partial_restore=True)
+    assert isinstance(got["numpy"], jax.Array) and "int64" in report.fallbacks["numpy"]
+
+
+def odd(tree) -> dict:
+    """A target for {"w", "v"} of which jaxgds leaves "v" to Orbax."""
+    v = tree["v"]
+    return {**abstract(tree), "v": jax.ShapeDtypeStruct(v.shape, np.int8, sharding=v.sharding)}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return {name: put(np.arange(24, dtype=np.float32), "x") for name in ("w", "v")}
+
+
+@pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])
+def test_what_is_left_to_orbax(tmp_path, way, pair):
+    way = WAYS[way]
+    way.save(tmp_path / "c", pair)
+    stock = way.restore(tmp_path / "c", odd(pair))
+    with jaxgds.orbax.installed():
+        ours = way.restore(tmp_path / "c", odd(pair))
+    oracle.assert_same(ours, stock)
+    report = oracle.last_report()
+    assert report.path == "mixed" and report.arrays == 1
+    assert set(report.fallbacks) == {"v"} and "cast" in report.fallbacks["v"]
+
+
+@pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])
+def test_a_key_wanted_as_numbers_and_numbers_as_a_key(tmp_path, way):
+    """Whatever stock Orbax makes of it, or raises."""
+    tree = {
+        "key": put(jax.random.split(jax.random.key(0), 8), "x"),
+        "n": put(np.ones((8, 2), np.uint32), "x"),
+    }
+    sharding = tree["n"].sharding
+    WAYS[way].save(tmp_path / "c", tree)
+    numbers = jax.ShapeDtypeStruct((8, 2), np.uint32, sharding=sharding)
+    key = jax.ShapeDtypeStruct((8,), tree["key"].dtype, sharding=sharding)
+    for target in ({"key": numbers, "n": numbers}, {"key": key, "n": key}):
+        results = []
+        for context in (threading.Lock(), jaxgds.orbax.installed()):
+            with context:
+                try:
+                    results.append(WAYS[way].restore(tmp_path / "c", target))
+                except Exception as e:
+                    results.append(type(e))
+        if isinstance(results[0], type):
+            assert results[1] is results[0]
+        else:
+            oracle.assert_same(results[1], results[0])
+
+
+def test_64_bit_types(tmp_path):
+    with jax.enable_x64(True):
+        tree = {
+            name: put(np.arange(16).astype(name), "x")
+            for name in ("float64", "int64", "uint64", "complex128")
+        }
+        path = oracle.save(tmp_path / "item", tree)
+        _, report = both(path, abstract(tree))
+        assert report.path == "host"
+        target = abstract(tree)
+    shardings = {name: leaf.sharding for name, leaf in target.items()}
+    narrow = {name: ocp.ArrayRestoreArgs(sharding=s) for name, s in shardings.items()}
+    _, report = both(path, target, narrow)
+    assert report.path == "orbax" and all("x64" in why for why in report.fallbacks.values())
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+def test_chunks_left_out_because_they_equal_the_fill_value(tmp_path, zarr3):
+    """Older checkpoints are like this; their metadata says so."""
+    tree = {
+        "zeros": put(np.zeros((8, 4), np.float32), "x"),
+        "w": put(np.ones((8, 4), np.float32), "x"),
+    }
+    path = oracle.save(tmp_path / "item", tree, (False, zarr3, True))
+    os.remove(os.path.join(path, "zeros", *(("c", "1", "0") if zarr3 else ("1.0",))))
+    with pytest.raises(CheckpointError, match="'zeros'.*missing"), jaxgds.orbax.installed():
+        PyTree().restore(path, abstract(tree))
+    metadata = tmp_path / "item" / "_METADATA"
+    text = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({**text, "store_array_data_equal_to_fill_value": False}))
+    _, report = both(path, abstract(tree))
+    assert set(report.fallbacks) == {"zeros"} and "missing" in report.fallbacks["zeros"]
+
+
+def test_saved_shardings_that_do_not_fit_here(tmp_path):
+    """Without a target, from a checkpoint of devices that do not exist: as in Orbax."""
+    path = oracle.save(tmp_path / "item", {"w": put(np.ones((8, 4), np.float32), "x")})
+    file = tmp_path / "item" / "_sharding"
+    file.write_text(file.read_text().replace('\\"id\\": 0', '\\"id\\": 99'))
+    errors = []
+    for context in (threading.Lock(), jaxgds.orbax.installed()):
+        with context:
+            try:
+                PyTree().restore(path, None)
+                errors.append(None)
+            except ValueError as e:
+                errors.append(str(e))
+    assert errors[0] == errors[1]
+    file.unlink()
+    with pytest.raises(ValueError, match="[Ss]harding"), jaxgds.orbax.installed():
+        PyTree().restore(path, None)
+
+
+# The report.
+
+
+def chunk_bytes(path, fmt) -> dict[str, int]:
+    """Stored bytes of each array, without the 20 bytes of a one-chunk shard's index."""
+    sizes: dict[str, int] = {}
+    for key, value in oracle.stored_values(path, fmt[0]).items():
+        if not key.endswith((".zarray", "zarr.json")):
+            name = key.partition("/c" if fmt[1] else "/")[0]
+            sizes[name] = sizes.get(name, 0) + len(value) - 20 * fmt[1]
+    return sizes
+
+
+@pytest.mark.parametrize("fmt", [f for f in oracle.FORMATS if f[0]], ids=oracle.format_id)
+def test_bytes_read(tmp_path, fmt):
+    names = ("f32", "bf16", "replicated", "partly", "scalar", "fp8")
+    tree = {name: leaf for name, leaf in state().items() if name in names}
+    path = oracle.save(tmp_path / "item", tree, fmt)
+    stored = chunk_bytes(path, fmt)
+    for target in ("as saved", "replicated", "one device", "none"):
+        with jaxgds.orbax.installed(strict=True):
+            PyTree().restore(path, TARGETS[target](tree))
+        report = oracle.last_report()
+        assert report.bytes_read == sum(stored.values()), "replicas are read once"
+        assert report.bytes_restored == sum(x.nbytes for x in jax.tree.leaves(tree))
+    with jaxgds.orbax.installed(strict=True):
+        args = ocp.args.PyTreeRestore(
+            item={"partly": 0},
+            restore_args={"partly": ocp.ArrayRestoreArgs(sharding=tree["partly"].sharding)},
+            partial_restore=True,
+        )
+        with ocp.PyTreeCheckpointer() as c:
+            c.restore(path, args=args)
+    report = oracle.last_report()
+    assert report.bytes_read == stored["partly"] and report.arrays == 1
+    parts = ("index_seconds", "plan_seconds", "allocate_seconds", "read_seconds")
+    assert all(getattr(report, part) >= 0 for part in parts)
+    assert report.index_seconds > 0 < report.read_seconds
+    assert report.seconds >= sum(getattr(report, part) for part in parts)
+    assert json.loads(json.dumps(report.to_dict()))["bytes_read"] == report.bytes_read
+
+
+# install, uninstall, installed, handler, strict.
+
+
+def test_install_and_uninstall(item, tree):
+    try:
+        jaxgds.orbax.install()
+        jaxgds.orbax.install(strict=True)
+        assert ArrayHandler.deserialize is not STOCK
+        PyTree().restore(item, abstract(tree))
+        assert oracle.last_report().path == "host"
+    finally:
+        jaxgds.orbax.uninstall()
+    assert ArrayHandler.deserialize is STOCK
+    jaxgds.orbax.uninstall()
+    assert ArrayHandler.deserialize is STOCK
+
+
+def test_installed_restores_what_was_there():
+    with jaxgds.orbax.installed():
+        outer = ArrayHandler.deserialize
+        with pytest.raises(KeyError), jaxgds.orbax.installed():
+            assert ArrayHandler.deserialize not in (outer, STOCK)
+            raise KeyError
+        assert ArrayHandler.deserialize is outer
+
+
+def test_managers_that_exist_already(tmp_path, tree):
+    with ocp.CheckpointManager(tmp_path) as manager, ocp.StandardCheckpointer() as checkpointer:
+        manager.save(0, args=ocp.args.StandardSave(tree))
+        manager.wait_until_finished()
+        stock = manager.restore(0, args=ocp.args.StandardRestore(abstract(tree)))
+        publish(jaxgds.TransferReport("before"))
+        with jaxgds.orbax.installed(strict=True):
+            ours = manager.restore(0, args=ocp.args.StandardRestore(abstract(tree)))
+            assert oracle.last_report().path == "host"
+            publish(jaxgds.TransferReport("before"))
+            again = checkpointer.restore(tmp_path / "0" / "default", abstract(tree))
+            assert oracle.last_report().path == "host"
+    oracle.assert_same(ours, stock)
+    oracle.assert_same(again, stock)
+
+
+def test_saving_is_untouched(tmp_path, tree):
+    oracle.save(tmp_path / "stock", tree)
+    with jaxgds.orbax.installed():
+        oracle.save(tmp_path / "ours", tree)
+    ours, stock = (PyTree().restore(tmp_path / by, abstract(tree)) for by in ("ours", "stock"))
+    oracle.assert_same(ours, stock)
+
+
+def test_a_handler_for_one_manager(tmp_path, pair):
+    handler = jaxgds.orbax.handler(strict=True)
+
+    def restore(manager, target):
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return manager.restore(5, args=ocp.args.PyTreeRestore(target, restore_args))
+
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        manager.save(5, args=ocp.args.PyTreeSave(pair))
+        manager.wait_until_finished()
+        assert ArrayHandler.deserialize is STOCK
+        ours = restore(manager, abstract(pair))
+        assert oracle.last_report().path == "host"
+        oracle.assert_same(manager.restore(5), ours)
+        with pytest.raises(jaxgds.FallbackError, match="v: a cast"):
+            restore(manager, odd(pair))
+    publish(jaxgds.TransferReport("before"))
+    with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        oracle.assert_same(ours, restore(manager, abstract(pair)))
+    assert oracle.last_report().path == "before", "other managers keep the stock handler"
+
+
+def test_a_handler_for_one_checkpointer(item, tmp_path, tree):
+    files = tmp_path / "files"
+    with ocp.Checkpointer(jaxgds.orbax.handler(use_ocdbt=False, use_compression=False)) as c:
+        c.save(files, args=ocp.args.PyTreeSave(tree))
+        assert (files / "f32" / ".zarray").exists()
+        oracle.assert_same(c.restore(item), PyTree().restore(item, None))
+        oracle.assert_same(c.restore(files), PyTree().restore(files, None))
+
+
+def test_the_single_replica_handler_keeps_its_own_way():
+    own = ocp.type_handlers.SingleReplicaArrayHandler.deserialize
+    with jaxgds.orbax.installed():
+        assert ocp.type_handlers.SingleReplicaArrayHandler.deserialize is own is not STOCK
+
+
+def test_strict(tmp_path, monkeypatch, pair):
+    path = oracle.save(tmp_path / "item", pair)
+    stock = PyTree().restore(path, odd(pair))
+    for strict, env, raises in (
+        (True, "0", True),
+        (True, None, True),
+        (None, "1", True),
+        (None, "0", False),
+        (None, "", False),
+        (None, None, False),
+        (False, "1", False),
+    ):
+        monkeypatch.delenv("JAXGDS_STRICT", raising=False)
+        if env is not None:
+            monkeypatch.setenv("JAXGDS_STRICT", env)
+        publish(jaxgds.TransferReport("before"))
+        with jaxgds.orbax.installed(strict=strict):
+            if not raises:
+                oracle.assert_same(PyTree().restore(path, odd(pair)), stock)
+                assert oracle.last_report().path == "mixed"
+                continue
+            with pytest.raises(jaxgds.FallbackError, match="1 array.*v: a cast"):
+                PyTree().restore(path, odd(pair))
+            assert oracle.last_report().path == "before"
+
+
+# Failure, threads.
+
+
+@pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])
+def test_a_damaged_checkpoint(tmp_path, way):
+    tree = {"w": put(np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32), "x")}
+    WAYS[way].save(tmp_path / "c", tree)
+    files = [f for f in (tmp_path / "c").rglob("ocdbt.process_0/d/*") if f.stat().st_size > 4096]
+    assert files
+    for file in files:
+        os.truncate(file, 3000)
+    with jaxgds.orbax.installed(), pytest.raises(CheckpointError, match="'w'") as e:
+        WAYS[way].restore(tmp_path / "c", abstract(tree))
+    assert any(str(file) in str(e.value) for file in files)
+    assert not [t.name for t in threading.enumerate() if "jaxgds" in t.name]
+
+
+def test_no_args_is_the_error_it_is_in_orbax():
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    with jaxgds.orbax.installed(), pytest.raises(ValueError, match="ArrayRestoreArgs"):
+        asyncio.run(handler.deserialize([], None))
+
+
+def test_restores_from_several_threads(item, tree):
+    targets = [TARGETS[name](tree) for name in ("as saved", "other mesh", "replicated")]
+    stock = [PyTree().restore(item, target) for target in targets]
+    with jaxgds.orbax.installed(strict=True), ThreadPoolExecutor(6) as pool:
+        ours = list(pool.map(lambda t: PyTree().restore(item, t), targets * 4))
+    for i, got in enumerate(ours):
+        oracle.assert_same(got, stock[i % 3])
