@@ -170,7 +170,10 @@ def test_what_is_not_a_checkpoint(tmp_path, folders):
     for path in ("missing", "empty", "text"):
         with pytest.raises(CheckpointError, match=str(tmp_path / path)):
             jaxgds.load(tmp_path / path)
-    with pytest.raises(CheckpointError, match="7"):
+    (tmp_path / "cut off" / "ocdbt.process_0").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="not completed"):
+        jaxgds.load(tmp_path / "cut off")
+    with pytest.raises(CheckpointError, match=r"CheckpointManager.*\['7'\], name one"):
         jaxgds.load(folders["manager step"].parent)
 
 
