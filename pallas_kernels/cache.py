@@ -149,13 +149,7 @@ class KVCache:
         count = jnp.full(batch, new, jnp.int32) if lengths is None else valid_counts(lengths, k)
         total = self.lengths + count
         self._check_room(total)
-        k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
-        return replace(
-            self._pack_pages(k, v, total),
-            lengths=total,
-            **self._write_sinks(k, v, total),
-            **self._write_ring(k, v, total),
-        )
+        return self._append(k, v, total)
 
     def dequantize(
         self,
@@ -164,6 +158,10 @@ class KVCache:
         Float[Array, "batch max_len kv_heads head_dim"],
     ]:
         """K and V as attention sees them, float32, zeros beyond each length. For tests: large."""
+        return self._dequantize()
+
+    @jax.jit
+    def _dequantize(self) -> tuple[Array, Array]:
         k = codebook.decode(
             packing.unpack(tuple(p[self.page_table] for p in self.k_planes), self.fmt.key_bits),
             self.fmt.key_bits,
@@ -175,6 +173,17 @@ class KVCache:
         k = self._place(k, self.k_scale, self.sink_k, self.recent_k, self.key_offset)
         v = self._place(v.swapaxes(-1, -2), self.v_scale, self.sink_v, self.recent_v, None)
         return k, v
+
+    # Compiled as a whole also when called from code that is not traced.
+    @jax.jit
+    def _append(self, k: Array, v: Array, total: Array) -> "KVCache":
+        k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+        return replace(
+            self._pack_pages(k, v, total),
+            lengths=total,
+            **self._write_sinks(k, v, total),
+            **self._write_ring(k, v, total),
+        )
 
     def _place(self, levels, scale, sinks, recent, offset):
         """Packed levels [batch, pages_per_seq, kv_heads, page_size, head_dim] -> all tokens."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from pallas_kernels import codebook, packing
-from pallas_kernels.format import ScaleMode, check_bits, check_head_dim, check_scale_mode
+from pallas_kernels.format import (
+    ScaleMode,
+    check_bits,
+    check_head_dim,
+    check_scale_mode,
+    check_seed,
+)
 from pallas_kernels.rotation import rotate, unrotate
 
 
@@ -33,9 +40,7 @@ class Quantized:
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch head_dim"]:
         """The vectors that the codes stand for."""
-        levels = codebook.decode(packing.unpack(self.codes, self.bits), self.bits)
-        x = unrotate(levels, self.seed) * self.scale[..., None].astype(jnp.float32)
-        return x.astype(dtype)
+        return _dequantize(self).astype(dtype)
 
 
 def quantize(
@@ -51,21 +56,34 @@ def quantize(
     <x, x^> = |x|^2 (EDEN, Vargaftik et al., 2022).
     Raises ValueError for another dtype, head_dim, bits, seed or scale_mode.
     """
+    check_bits(bits)
+    check_seed(seed)
+    check_scale_mode(scale_mode)
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"{x.dtype=} is not bfloat16, float16 or float32; cast x first")
     if x.ndim == 0:
         raise ValueError(f"{x.shape=} has no head_dim axis")
+    check_head_dim(x.shape[-1])
+    return _quantize(x, bits, seed, scale_mode)
+
+
+# Compiled as a whole, called from traced code or not: speed, and the same bits either way.
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(x: Array, bits: int, seed: int, scale_mode: ScaleMode) -> Quantized:
     codes, scale = encode(x.astype(jnp.float32), bits, seed, scale_mode)
     return Quantized(packing.pack(codes, bits), scale, bits, x.shape[-1], seed)
+
+
+@jax.jit
+def _dequantize(code: Quantized) -> Array:
+    levels = codebook.decode(packing.unpack(code.codes, code.bits), code.bits)
+    return unrotate(levels, code.seed) * code.scale[..., None].astype(jnp.float32)
 
 
 def encode(
     x: Float[Array, "*batch head_dim"], bits: int, seed: int, scale_mode: ScaleMode
 ) -> tuple[UInt8[Array, "*batch head_dim"], BFloat16[Array, "*batch"]]:
-    """Codes (one a byte) and scales of float32 vectors; see `quantize`."""
-    check_bits(bits)
-    check_head_dim(x.shape[-1])
-    check_scale_mode(scale_mode)
+    """Codes (one a byte) and scales of float32 vectors; see `quantize`, which checks arguments."""
     # Divided by the largest magnitude first: squares then neither overflow nor vanish.
     largest = jnp.max(jnp.abs(x), axis=-1)
     zero = largest < _TINY

@@ -18,7 +18,7 @@ from pallas_kernels.rotation import rotate, unrotate
 
 
 _LOWEST = -1e30  # below any score, and finite: a part without tokens then needs no special case
-_BLOCK_TOKENS = 512  # packed tokens decoded at once: bounds the memory, whatever max_len
+_BLOCK_TOKENS = 256  # packed tokens decoded at once: bounds the memory, whatever max_len
 
 
 class _Softmax(NamedTuple):
@@ -29,6 +29,7 @@ class _Softmax(NamedTuple):
     out: Float[Array, "batch kv_heads head_dim rows"]
 
 
+@jax.jit
 def attend(
     q: Float[Array, "batch kv_heads rows head_dim"],
     cache: KVCache,

@@ -1,0 +1,42 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import packing
+
+
+@settings(deadline=None)  # an example with a new shape compiles
+@given(st.data())
+def test_round_trip(data):
+    bits = data.draw(st.sampled_from([2, 3, 4, 8]))
+    batch = data.draw(st.sampled_from([(), (2, 3)]))
+    n = data.draw(st.sampled_from([8, 64]))
+    count = int(np.prod(batch)) * n
+    raw = data.draw(st.binary(min_size=count, max_size=count))
+    codes = np.frombuffer(raw, np.uint8).reshape(*batch, n) & np.uint8(2**bits - 1)
+    planes = packing.pack(jnp.asarray(codes), bits)
+    assert sum(plane.size for plane in planes) * 8 == codes.size * bits
+    assert all(plane.dtype == jnp.uint8 and plane.shape[:-1] == batch for plane in planes)
+    np.testing.assert_array_equal(packing.unpack(planes, bits), codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "planes"),
+    [
+        (2, [0, 1, 2, 3, 3, 0, 0, 1], ["e443"]),
+        (3, [0, 1, 2, 3, 4, 5, 6, 7], ["e4e4", "f0"]),
+        (3, [4, 0, 0, 0, 0, 0, 0, 3], ["00c0", "01"]),
+        (4, [0, 1, 2, 3, 12, 13, 14, 15], ["1032dcfe"]),
+        (8, [0, 1, 2, 3, 4, 5, 6, 255], ["00010203040506ff"]),
+    ],
+)
+def test_golden_bytes(bits, codes, planes):
+    packed = packing.pack(jnp.asarray(codes, jnp.uint8), bits)
+    assert [np.asarray(plane).tobytes().hex() for plane in packed] == planes
+
+
+def test_odd_lengths_are_refused():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        packing.pack(jnp.zeros((2, 12), jnp.uint8), 4)
