@@ -8,116 +8,208 @@ and in the engines.
 
 import ctypes
 import functools
+import itertools
+import math
 import mmap
+import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxgds.engines import Buffer
 from jaxgds.plan import Destination
+from jaxgds.zarr import Layout
 
 
-_MADV_HUGEPAGE = 14
+# Results per program: more take longer to compile than to read into.
+MAX_RESULTS = 64
+
+type _Spec = tuple[tuple[int, ...], np.dtype]
+type _Call = dict[_Spec, list[int]]  # spec -> destinations, on different devices
+_BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
 
 
-def allocate(
-    destinations: Sequence[Destination], dtypes: Sequence[np.dtype]
-) -> tuple[list[jax.Array], list[Buffer]]:
+class Allocation:
     """Uninitialised memory for each destination, on the first of its devices.
 
-    Returns:
-      One single-device array per destination, and the memory behind it.
+    Compiling the programs that allocate takes longer than many a read, so it happens in the
+    background: `buffers` are there at once, each one's `pointer` when its memory is.
+
+    Attributes:
+      buffers: one per destination.
+      order: per destination, the number of the program call that allocates it.
     """
-    alike: dict[tuple, list[int]] = defaultdict(list)
-    for i, (destination, dtype) in enumerate(zip(destinations, dtypes, strict=True)):
-        alike[destination.shape, dtype].append(i)
-    arrays: list[jax.Array | None] = [None] * len(destinations)
-    for (shape, dtype), numbers in alike.items():
-        for batch in _rounds(numbers, destinations):
-            devices = tuple(destinations[i].devices[0] for i in batch)
-            for i, array in zip(batch, _empty(shape, dtype, devices)(), strict=True):
-                arrays[i] = array
-    done = [a for a in arrays if a is not None]
-    jax.block_until_ready(done)
-    buffers = [
-        Buffer(a.unsafe_buffer_pointer(), a.nbytes, d.devices[0])
-        for a, d in zip(done, destinations, strict=True)
-    ]
-    if len({b.pointer for b in buffers if b.nbytes}) != sum(b.nbytes > 0 for b in buffers):
-        raise RuntimeError("XLA returned one buffer for two arrays; please report this")
-    for buffer in buffers:
-        if buffer.device.platform == "cpu":
-            _huge_pages(buffer)
-    return done, buffers
+
+    def __init__(self, destinations: Sequence[Destination], dtypes: Sequence[np.dtype]):
+        self._specs = [(d.shape, t) for d, t in zip(destinations, dtypes, strict=True)]
+        self._calls = _calls(self._specs, [d.devices[0] for d in destinations])
+        self._x64 = bool(jax.config.jax_enable_x64)  # a thread's own setting, perhaps
+        self.order = [0] * len(destinations)
+        slots: list[Callable[[], int]] = [int] * len(destinations)
+        self._done: list[Future[dict[int, jax.Array]]] = []
+        for number, call in enumerate(self._calls):
+            done: Future[dict[int, jax.Array]] = Future()
+            self._done.append(done)
+            for i in itertools.chain.from_iterable(call.values()):
+                self.order[i] = number
+                slots[i] = functools.partial(_pointer, done, i)
+        self.buffers = [
+            Buffer(slots[i], math.prod(d.shape) * t.itemsize, d.devices[0])
+            for i, (d, t) in enumerate(zip(destinations, dtypes, strict=True))
+        ]
+        self._thread = threading.Thread(target=self._run, name="jaxgds-allocate")
+        self._thread.start()
+
+    def arrays(self) -> list[jax.Array]:
+        """One single-device array per destination; waits until all are allocated."""
+        self._thread.join()
+        made: dict[int, jax.Array] = {}
+        for done in self._done:
+            made |= done.result()
+        pointers = {b.pointer for b in self.buffers if b.nbytes}
+        if len(pointers) != sum(b.nbytes > 0 for b in self.buffers):
+            raise RuntimeError("XLA returned one buffer for two arrays; please report this")
+        return [made[i] for i in range(len(self.buffers))]
+
+    def _run(self) -> None:
+        try:
+            with jax.enable_x64(self._x64):
+                for call, done in zip(self._calls, self._done, strict=True):
+                    done.set_result(self._allocate(call))
+        except BaseException as e:
+            for done in self._done:
+                if not done.done():
+                    done.set_exception(e)
+
+    def _allocate(self, call: "_Call") -> dict[int, jax.Array]:
+        (devices,) = {tuple(self.buffers[i].device for i in batch) for batch in call.values()}
+        arrays: dict[int, jax.Array] = {}
+        for batch, shards in zip(call.values(), _empty(tuple(call), devices)(), strict=True):
+            arrays.update(zip(batch, shards, strict=True))
+        jax.block_until_ready(list(arrays.values()))
+        for i, array in arrays.items():
+            if self.buffers[i].device.platform == "cpu":
+                _huge_pages(array.unsafe_buffer_pointer(), self.buffers[i].nbytes)
+        return arrays
+
+
+def _pointer(done: "Future[dict[int, jax.Array]]", i: int) -> int:
+    return done.result()[i].unsafe_buffer_pointer()
+
+
+def stored_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of the buffer that stored bytes go to.
+
+    Values below a byte take a byte each in a checkpoint, but are packed in device memory: they
+    arrive as uint8.
+    """
+    return np.dtype(np.uint8) if dtype.name in _BITS else dtype
 
 
 def assemble(
-    shape: tuple[int, ...],
+    layout: Layout,
     sharding: Sharding,
     filled: Sequence[tuple[Destination, jax.Array]],
+    dtype: Any = None,
 ) -> jax.Array:
-    """The global array of filled shards; replicas are copied from the first device's shard."""
+    """The global array of filled shards; replicas are copied from the first device's shard.
+
+    Args:
+      dtype: to cast to, shard by shard; None keeps the stored one.
+    """
     shards = []
     for destination, first in filled:
+        first = _as_dtype(first, layout.dtype, dtype)
         shards.append(first)
         shards += [jax.device_put(first, device) for device in destination.devices[1:]]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(layout.shape, sharding, shards)
 
 
-def _rounds(numbers: list[int], destinations: Sequence[Destination]) -> list[list[int]]:
-    """Batches in which no device occurs twice: one SPMD call allocates a batch."""
-    per_device: dict[jax.Device, list[int]] = defaultdict(list)
-    for i in numbers:
-        per_device[destinations[i].devices[0]].append(i)
-    rounds: list[list[int]] = []
-    for queue in per_device.values():
-        for k, i in enumerate(queue):
-            if k == len(rounds):
-                rounds.append([])
-            rounds[k].append(i)
-    return rounds
+def _as_dtype(shard: jax.Array, stored: np.dtype, dtype: Any) -> jax.Array:
+    if shard.dtype != stored:
+        shard = _narrow(shard, stored)
+    return shard if dtype in (None, shard.dtype) else shard.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """One value per byte, in its low bits -> the packed type."""
+    return jax.lax.bitcast_convert_type(x.astype(f"uint{_BITS[dtype.name]}"), dtype)
+
+
+def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]:
+    """Program calls that allocate one array for each (shape, dtype) on its device.
+
+    A call has no device and no spec twice (equal calls would be merged by XLA), and as many calls
+    as possible are alike: compiling a program is what allocation costs, almost
+    whatever the number of its results.
+    """
+    waiting: dict[_Spec, dict[jax.Device, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
+        waiting[spec][device].append(i)
+    calls: dict[tuple[int, int, tuple[jax.Device, ...]], _Call] = {}
+    for number, (spec, queues) in enumerate(waiting.items()):
+        for k in range(max(map(len, queues.values()))):
+            batch = [queue[k] for queue in queues.values() if k < len(queue)]
+            key = k, number // MAX_RESULTS, tuple(devices[i] for i in batch)
+            calls.setdefault(key, {})[spec] = batch
+    return [calls[key] for key in sorted(calls, key=lambda key: key[:2])]
 
 
 @functools.lru_cache(maxsize=4096)
-def _empty(shape: tuple[int, ...], dtype: np.dtype, devices: tuple[jax.Device, ...]):
-    """A function that returns one uninitialised array of `shape` on each of `devices`.
+def _empty(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]):
+    """A function that returns, per spec, one uninitialised array on each of `devices`.
 
-    One program for all devices: compiling is what allocation costs. On CPU `lax.empty`
-    is a fill with zeros, so there the output of a callback that does nothing is used.
+    One program for all devices. On CPU `lax.empty` is a fill with zeros, so there the
+    output of a callback that does nothing is used.
     """
-    if not shape:  # a mesh needs an axis to shard; scalars are not worth a program
-        return lambda: [jax.device_put(np.zeros((), dtype), d, may_alias=False) for d in devices]
     mesh = Mesh(np.array(devices), ("device",))
     spec = PartitionSpec("device")
+    # A mesh needs an axis to shard; scalars are not worth a program.
+    sized = [(shape, dtype) for shape, dtype in specs if shape]
     if devices[0].platform == "cpu":
-        fill = buffer_callback(
-            lambda ctx, out: None, jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True
-        )
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in sized]
+        fill = buffer_callback(lambda ctx, out: None, shapes, has_side_effect=True)
         call = jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False))
     else:
-        stacked = (shape[0] * len(devices), *shape[1:])
+        count = len(devices)
         call = jax.jit(
-            lambda: jax.lax.empty(stacked, jnp.dtype(dtype)),
+            lambda: [lax.empty((s[0] * count, *s[1:]), jnp.dtype(t)) for s, t in sized],
             out_shardings=NamedSharding(mesh, spec),
         )
 
-    def arrays() -> list[jax.Array]:
-        shards = {s.device: s.data for s in call().addressable_shards}
-        return [shards[d] for d in devices]
+    def arrays() -> list[list[jax.Array]]:
+        results = iter(call() if sized else ())
+        return [
+            _on(next(results), devices) if shape else _scalars(dtype, devices)
+            for shape, dtype in specs
+        ]
 
     return arrays
 
 
-def _huge_pages(buffer: Buffer) -> None:
+def _on(array: jax.Array, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    shards = {shard.device: shard.data for shard in array.addressable_shards}
+    return [shards[device] for device in devices]
+
+
+def _scalars(dtype: np.dtype, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    return [jax.device_put(np.zeros((), dtype), d, may_alias=False) for d in devices]
+
+
+def _huge_pages(pointer: int, nbytes: int) -> None:
     """Asks for huge pages, which make the first touch of a large buffer several times cheaper."""
     page = mmap.PAGESIZE
-    start = -(-buffer.pointer // page) * page
-    nbytes = (buffer.pointer + buffer.nbytes) // page * page - start
-    if nbytes >= 2 << 20:  # a hint: its failure changes nothing
+    start = -(-pointer // page) * page
+    size = (pointer + nbytes) // page * page - start
+    if size >= 2 << 20:  # a hint: its failure changes nothing
         libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), _MADV_HUGEPAGE)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)

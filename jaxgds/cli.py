@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (OSError, ValueError) as e:  # CheckpointError is a ValueError
-        print(f"jaxgds {args.command}: {e}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `jaxgds inspect ... | head`
         sys.stderr.close()
         return 0
+    except (OSError, ValueError) as e:  # CheckpointError is a ValueError
+        print(f"jaxgds {args.command}: {e}", file=sys.stderr)
+        return 2
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -1,5 +1,7 @@
 """`jaxgds.load`: a checkpoint on disk -> a pytree of arrays, each with its sharding."""
 
+import glob
+import json
 import os
 import time
 from collections.abc import Callable
@@ -8,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from jaxgds import orbax, report, restore
 from jaxgds.errors import CheckpointError
-from jaxgds.index import StoredArray
 from jaxgds.report import TransferReport
+from jaxgds.restore import Wanted
 from jaxgds.safetensors import is_safetensors, open_safetensors
 
 
@@ -61,8 +63,21 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         return checkpointer.restore(folder, args=args)
+    except Exception:
+        _check_metadata(folder)
+        raise
     finally:
         checkpointer.close()
+
+
+def _check_metadata(folder: str) -> None:
+    """Raises CheckpointError if that is why Orbax could not make anything of `_METADATA`."""
+    file = os.path.join(folder, "_METADATA")
+    try:
+        with open(file, "rb") as f:
+            json.load(f)["tree_metadata"]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise CheckpointError(f"{file}: damaged checkpoint metadata: {e!r}") from e
 
 
 def item_directory(path: str) -> str:
@@ -75,11 +90,15 @@ def item_directory(path: str) -> str:
     items = [item for item in inside if os.path.exists(os.path.join(item, "_METADATA"))]
     if len(items) == 1:
         return items[0]
-    found = f"it holds {len(items)} of them: {[os.path.basename(i) for i in items]}"
-    raise CheckpointError(
-        f"{path}: not an Orbax item directory (no _METADATA)"
-        + (f"; {found}, name one" if items else "; a checkpoint that was not completed has none")
-    )
+    deeper = glob.glob(os.path.join(glob.escape(path), "*", "*", "_METADATA"))
+    steps = sorted({file.split(os.sep)[-3] for file in deeper})
+    if items:
+        why = f"it holds {len(items)} of them: {[os.path.basename(i) for i in items]}, name one"
+    elif steps:
+        why = f"it looks like that of a CheckpointManager with the steps {steps}, name one"
+    else:
+        why = "a checkpoint that was not completed has none"
+    raise CheckpointError(f"{path}: not an Orbax item directory (no _METADATA); {why}")
 
 
 def _load_safetensors(
@@ -93,7 +112,7 @@ def _load_safetensors(
         treedef = None
     else:
         flat, treedef = jax.tree_util.tree_flatten_with_path(target)
-        leaves = {".".join(ocp.tree.str_keypath(path)): leaf for path, leaf in flat}
+        leaves = {_leaf_name(path): leaf for path, leaf in flat}
     absent = [name for name in leaves if name not in stored]
     if absent:
         raise ValueError(
@@ -102,20 +121,21 @@ def _load_safetensors(
         )
     default = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
-        name: (
+        name: Wanted(
             index.array(stored[name]),
             getattr(leaf, "sharding", None) or default,
+            getattr(leaf, "dtype", None),
         )
         for name, leaf in leaves.items()
     }
-    for name, (array, _) in wanted.items():
+    for name, array in ((name, w.array) for name, w in wanted.items()):
         shape = getattr(leaves[name], "shape", array.layout.shape)
         if tuple(shape) != array.layout.shape:
             raise ValueError(
                 f"{path}: tensor {array.name!r} has shape {array.layout.shape}, "
                 f"but the target {name!r} has {tuple(shape)}"
             )
-    fallbacks = {name: why for name, pair in wanted.items() if (why := restore.unsupported(*pair))}
+    fallbacks = {name: why for name, w in wanted.items() if (why := restore.unsupported(w))}
     report.check_strict(fallbacks, strict)
     indexed = time.perf_counter()
     direct = [name for name in wanted if name not in fallbacks]
@@ -124,11 +144,7 @@ def _load_safetensors(
     if direct:
         arrays, done = restore.restore([wanted[name] for name in direct])
         result.update(zip(direct, arrays, strict=True))
-    result.update({name: _through_numpy(*wanted[name]) for name in fallbacks})
-    for name, leaf in leaves.items():
-        dtype = getattr(leaf, "dtype", result[name].dtype)
-        if result[name].dtype != dtype:
-            result[name] = result[name].astype(dtype)
+    result.update({name: _through_numpy(wanted[name]) for name in fallbacks})
     report.publish(
         TransferReport(
             **{
@@ -144,12 +160,20 @@ def _load_safetensors(
     return result if treedef is None else jax.tree_util.tree_unflatten(treedef, ordered)
 
 
-def _through_numpy(array: StoredArray, sharding: Sharding) -> jax.Array:
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's key path joined by dots; an nnx.Variable's `.value` is not part of the name."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return ".".join(ocp.tree.str_keypath(path))
+
+
+def _through_numpy(wanted: Wanted) -> jax.Array:
     """For what cannot be read in place: one host copy, then JAX's own transfer and dtype rules."""
-    ((_, source),) = array.chunks() if 0 not in array.layout.shape else (((), b""),)
-    if isinstance(source, bytes):
-        data = np.zeros(array.layout.shape, array.layout.dtype)
-    else:
-        count = source.nbytes // array.layout.dtype.itemsize
-        data = np.fromfile(source.file, array.layout.dtype, count, offset=source.offset)
-    return jax.device_put(data.reshape(array.layout.shape), sharding)
+    layout = wanted.array.layout
+    data = np.zeros(layout.shape, layout.dtype)
+    if data.size:
+        ((_, source),) = wanted.array.chunks()
+        assert not isinstance(source, bytes)
+        data = np.fromfile(source.file, layout.dtype, data.size, offset=source.offset)
+    array = jax.device_put(data.reshape(layout.shape), wanted.sharding)
+    return array if wanted.dtype in (None, array.dtype) else array.astype(wanted.dtype)

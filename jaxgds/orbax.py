@@ -8,11 +8,12 @@ and is in the report with its reason.
 All use of Orbax names that are not public sits in `_saved_shardings`.
 """
 
+import dataclasses
 import json
 import os
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +23,9 @@ from jax.sharding import NamedSharding, Sharding
 
 from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
-from jaxgds.index import Index, StoredArray, open_index
+from jaxgds.index import Index, open_index
 from jaxgds.report import TransferReport
+from jaxgds.restore import Wanted
 
 
 ArrayHandler = ocp.type_handlers.ArrayHandler
@@ -85,6 +87,12 @@ def handler(*, strict: bool | None = None, **kwargs: Any) -> ocp.PyTreeCheckpoin
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **kwargs)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    wanted: Wanted
+    key_impl: str | None  # of a PRNG key, which is stored as its key data
+
+
 class _Handler(ArrayHandler):
     _jaxgds_strict: bool | None = None
 
@@ -105,10 +113,10 @@ async def _deserialize(self, infos, args, strict: bool | None) -> Sequence[jax.A
     result: dict[int, jax.Array] = {}
     done = TransferReport(path="orbax")
     if wanted:
-        arrays, done = restore.restore(list(wanted.values()))
-        for (i, _), array in zip(wanted.items(), arrays, strict=True):
-            dtype = args[i].dtype
-            result[i] = array if dtype in (None, array.dtype) else array.astype(dtype)
+        arrays, done = restore.restore([leaf.wanted for leaf in wanted.values()])
+        for (i, leaf), array in zip(wanted.items(), arrays, strict=True):
+            key = leaf.key_impl
+            result[i] = array if key is None else jax.random.wrap_key_data(array, impl=key)
     if fallbacks:
         some = list(fallbacks)
         arrays = await _stock(self, [infos[i] for i in some], [args[i] for i in some])
@@ -127,7 +135,7 @@ async def _deserialize(self, infos, args, strict: bool | None) -> Sequence[jax.A
     return [result[i] for i in range(len(infos))]
 
 
-def _sort_out(self, infos, args) -> tuple[dict[int, tuple[StoredArray, Sharding]], dict[int, str]]:
+def _sort_out(self, infos, args) -> tuple[dict[int, _Leaf], dict[int, str]]:
     """Which leaves jaxgds restores, and why it does not restore the others."""
     folder = os.fspath(infos[0].parent_dir)
     everything = range(len(infos))
@@ -137,8 +145,8 @@ def _sort_out(self, infos, args) -> tuple[dict[int, tuple[StoredArray, Sharding]
         return {}, dict.fromkeys(everything, f"{folder} is not a local directory")
     index = open_index(folder)
     saved = _SavedShardings(folder)
-    keys = _random_keys(folder)
-    wanted: dict[int, tuple[StoredArray, Sharding]] = {}
+    keys = _random_keys(folder) if getattr(self, "_array_metadata_store", None) else {}
+    wanted: dict[int, _Leaf] = {}
     fallbacks: dict[int, str] = {}
     for i, (info, arg) in enumerate(zip(infos, args, strict=True)):
         try:
@@ -149,29 +157,41 @@ def _sort_out(self, infos, args) -> tuple[dict[int, tuple[StoredArray, Sharding]
 
 
 def _leaf(
-    index: Index, info, arg, saved: "_SavedShardings", random_keys: set[str]
-) -> tuple[StoredArray, Sharding]:
-    """One leaf's stored array and sharding; NotImplementedError says why it is Orbax's."""
+    index: Index, info, arg, saved: "_SavedShardings", random_keys: Mapping[str, str]
+) -> _Leaf:
+    """One leaf to restore; NotImplementedError says why it is Orbax's."""
     if info.name not in index:
         raise NotImplementedError("the checkpoint has no such array")
-    if info.name in random_keys:
-        raise NotImplementedError("a PRNG key")
     array = index.array(info.name)
-    sharding = _sharding(arg, info.name, saved)
-    shape = getattr(arg, "global_shape", None)
-    if shape is not None and tuple(shape) != array.layout.shape:
-        raise NotImplementedError(f"stored with shape {array.layout.shape}, wanted {tuple(shape)}")
-    stored, dtype = array.layout.dtype, getattr(arg, "dtype", None)
+    stored, shape = array.layout.dtype, array.layout.shape
+    dtype = getattr(arg, "dtype", None)
+    key_impl = random_keys.get(info.name)
+    logical = shape
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        if key_impl is None:
+            raise NotImplementedError(f"stored as {stored}, wanted as PRNG keys")
+        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl)))
+        logical, dtype = shape[: len(shape) - data.ndim], None
+    wanted_shape = getattr(arg, "global_shape", None)
+    if wanted_shape is not None and tuple(wanted_shape) != logical:
+        raise NotImplementedError(f"stored with shape {logical}, wanted {tuple(wanted_shape)}")
     if dtype is not None and dtype != stored and not _castable(stored, dtype):
         raise NotImplementedError(f"a cast from {stored} to {dtype}")
-    why = restore.unsupported(array, sharding)
+    wanted = Wanted(array, _sharding(arg, info.name, saved), dtype)
+    why = restore.unsupported(wanted)
     if why is not None:
         raise NotImplementedError(why)
-    return array, sharding
+    if not info.raise_array_data_missing_error:  # a chunk left out means the fill value then
+        try:
+            for _ in array.chunks():
+                pass
+        except CheckpointError as e:
+            raise NotImplementedError(f"not all of its data is stored: {e}") from e
+    return _Leaf(wanted, key_impl)
 
 
 def _castable(stored, dtype) -> bool:
-    """Casts that XLA and TensorStore both define as round-to-nearest-even."""
+    """Casts that XLA and numpy both define as round-to-nearest-even (a NaN's payload aside)."""
     floats = ("float16", "bfloat16", "float32")
     return stored.name in floats and jax.numpy.dtype(dtype).name in floats
 
@@ -219,10 +239,10 @@ class _SavedShardings:
             raise NotImplementedError(f"its saved sharding does not fit here: {e}") from e
 
 
-def _random_keys(folder: str) -> set[str]:
-    """Names of the arrays that hold PRNG key data, from `array_metadatas/`."""
+def _random_keys(folder: str) -> dict[str, str]:
+    """Array name -> implementation of the PRNG keys it holds, from `array_metadatas/`."""
     metadata = os.path.join(folder, "array_metadatas")
-    names: set[str] = set()
+    names: dict[str, str] = {}
     if not os.path.isdir(metadata):
         return names
     for file in sorted(os.listdir(metadata)):
@@ -232,8 +252,8 @@ def _random_keys(folder: str) -> set[str]:
                 entries = json.load(f)["array_metadatas"]
             for entry in entries:
                 array = entry["array_metadata"]
-                if (array["ext_metadata"] or {}).get("random_key_impl"):
-                    names.add(array["param_name"])
+                if impl := (array["ext_metadata"] or {}).get("random_key_impl"):
+                    names[array["param_name"]] = impl
         except (ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{path}: damaged array metadata: {e!r}") from e
     return names

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import Sharding
@@ -183,9 +183,8 @@ class _Scatter:
         if whole is not None:
             yield Segment(whole.nbytes, (whole,))
             return
-        for slab in slabs(self.chunk, max(1, min(limit, MAX_STAGED) // self.itemsize)):
-            nbytes = math.prod(b - a for a, b in slab) * self.itemsize
-            yield Segment(nbytes, self._relative(self._pieces(slab), self._offset(slab)))
+        for _, segment in self._walk(limit, lambda n, pieces: [(0, Segment(n, tuple(pieces)))]):
+            yield segment
 
     def ranges(self, limit: int) -> Iterator[tuple[int, Segment]]:
         """Only the bytes that are needed: (offset in the chunk, segment) of each read."""
@@ -196,12 +195,46 @@ class _Scatter:
                 n, to = min(step, whole.nbytes - at), whole.dst_offset + at
                 yield at, Segment(n, (Piece(whole.destination, (n,), 0, (1,), to, (1,)),))
             return
-        for slab in slabs(self.chunk, max(1, min(limit, MAX_STAGED) // self.itemsize)):
-            pieces = [p for piece in self._pieces(slab) for p in _long_runs(piece)]
-            for group in _overlapping(pieces):
-                start = min(p.src_offset for p in group)
-                stop = max(_src_stop(p) for p in group)
-                yield start, Segment(stop - start, self._relative(group, start))
+        yield from self._walk(limit, _needed)
+
+    def _walk(
+        self,
+        limit: int,
+        cut: Callable[[int, list[Piece]], list[tuple[int, Segment]]],
+    ) -> Iterator[tuple[int, Segment]]:
+        """Slab by slab, what `cut` makes of the slab's size and pieces, at its place in the chunk.
+
+        Slabs of one shape that lie wholly inside every destination differ by a shift only:
+        it is most of them, and far cheaper than to intersect boxes again.
+        """
+        limit = max(1, min(limit, MAX_STAGED) // self.itemsize)
+        src = _strides(self.chunk, self.itemsize)
+        dst = {n: _strides(self.destinations[n].shape, self.itemsize) for n in self.numbers}
+        inside = [
+            all(
+                lo <= o and o + c <= hi
+                for lo, hi in (self.destinations[n].box[axis] for n in self.numbers)
+            )
+            for axis, (o, c) in enumerate(zip(self.origin, self.chunk, strict=True))
+        ]
+        first: dict[tuple[int, ...], tuple[Box, list[tuple[int, Segment]]]] = {}
+        for slab in slabs(self.chunk, limit):
+            shape = tuple(b - a for a, b in slab)
+            offset = sum(a * s for (a, _), s in zip(slab, src, strict=True))
+            if shape in first:
+                other, parts = first[shape]
+                shift = [a - b for (a, _), (b, _) in zip(slab, other, strict=True)]
+                for at, segment in parts:
+                    pieces = tuple(_moved(p, shift, dst[p.destination]) for p in segment.pieces)
+                    yield offset + at, Segment(segment.nbytes, pieces)
+                continue
+            nbytes = math.prod(shape) * self.itemsize
+            parts = cut(nbytes, _relative(self._pieces(slab), offset))
+            whole = [axis for axis, n in enumerate(shape) if n == self.chunk[axis]]
+            if all(inside[axis] or axis in whole for axis in range(len(shape))):
+                first[shape] = slab, parts
+            for at, segment in parts:
+                yield offset + at, segment
 
     def _whole(self) -> Piece | None:
         """The piece that takes the whole chunk as it is, if there is just that one."""
@@ -227,15 +260,32 @@ class _Scatter:
             pieces.append(_piece(number, part, self.chunk, starts, shape, self.itemsize))
         return pieces
 
-    def _offset(self, slab: Box) -> int:
-        strides = _strides(self.chunk, self.itemsize)
-        return sum(a * s for (a, _), s in zip(slab, strides, strict=True))
 
-    @staticmethod
-    def _relative(pieces: Sequence[Piece], start: int) -> tuple[Piece, ...]:
-        return tuple(
-            dataclasses.replace(p, src_offset=p.src_offset - start) if start else p for p in pieces
-        )
+def _needed(nbytes: int, pieces: list[Piece]) -> list[tuple[int, Segment]]:
+    """The runs of a slab that are worth reading: (offset in the slab, segment)."""
+    parts = []
+    for group in _overlapping([p for piece in pieces for p in _long_runs(piece)]):
+        start = min(p.src_offset for p in group)
+        stop = max(_src_stop(p) for p in group)
+        parts.append((start, Segment(stop - start, tuple(_relative(group, start)))))
+    return parts
+
+
+def _relative(pieces: Sequence[Piece], start: int) -> list[Piece]:
+    return [dataclasses.replace(p, src_offset=p.src_offset - start) for p in pieces]
+
+
+def _moved(piece: Piece, shift: Sequence[int], strides: Sequence[int]) -> Piece:
+    """The same copy out of a slab that lies `shift` elements further along each axis."""
+    by = sum(n * s for n, s in zip(shift, strides, strict=True))
+    return Piece(
+        piece.destination,
+        piece.shape,
+        piece.src_offset,
+        piece.src_strides,
+        piece.dst_offset + by,
+        piece.dst_strides,
+    )
 
 
 def _piece(

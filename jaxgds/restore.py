@@ -1,7 +1,9 @@
 """index -> plan -> allocate -> read -> arrays: the way every restore takes."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Sharding
@@ -9,17 +11,25 @@ from jax.sharding import Sharding
 from jaxgds import arrays
 from jaxgds.engines import Engine, engine_for
 from jaxgds.index import StoredArray
-from jaxgds.plan import make_plan
+from jaxgds.plan import Read, make_plan
 from jaxgds.report import TransferReport
 
 
-def unsupported(array: StoredArray, sharding: Sharding) -> str | None:
-    """Why `restore` cannot give this array this sharding; None if it can."""
-    dtype, shape = array.layout.dtype, array.layout.shape
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """An array of a checkpoint, the sharding it is to have, and its dtype (None: as stored)."""
+
+    array: StoredArray
+    sharding: Sharding
+    dtype: Any = None
+
+
+def unsupported(wanted: Wanted) -> str | None:
+    """Why `restore` cannot restore this array; None if it can."""
+    dtype, shape = wanted.array.layout.dtype, wanted.array.layout.shape
+    sharding = wanted.sharding
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f"{dtype} needs jax_enable_x64"
-    if dtype.name in ("int2", "uint2", "int4", "uint4", "float4_e2m1fn"):
-        return f"{dtype} is packed in device memory, but not in the checkpoint"
     if 0 in shape:
         return "an array without elements has no bytes to read"
     devices = sharding.addressable_devices
@@ -36,12 +46,12 @@ def unsupported(array: StoredArray, sharding: Sharding) -> str | None:
 
 
 def restore(
-    wanted: Sequence[tuple[StoredArray, Sharding]], engine: Engine | None = None
+    wanted: Sequence[Wanted], engine: Engine | None = None
 ) -> tuple[list[jax.Array], TransferReport]:
     """Restores arrays onto their shardings, each needed byte read once.
 
     Args:
-      wanted: arrays of one checkpoint, each with its sharding, none of them `unsupported`.
+      wanted: arrays of one checkpoint, none twice, none of them `unsupported`.
       engine: None picks by the devices' platform.
 
     Returns:
@@ -52,32 +62,42 @@ def restore(
       ValueError: a sharding does not fit its array's shape.
     """
     start = time.perf_counter()
-    plan = make_plan(wanted)
+    plan = make_plan([(w.array, w.sharding) for w in wanted])
     planned = time.perf_counter()
-    dtypes = {array.name: array.layout.dtype for array, _ in wanted}
-    filled, buffers = arrays.allocate(
-        plan.destinations, [dtypes[d.array] for d in plan.destinations]
-    )
-    allocated = time.perf_counter()
-    if engine is None:
-        engine = engine_for({b.device for b in buffers})
-    engine.read(plan.reads, buffers)
+    dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
+    dtypes_of = [dtypes[d.array] for d in plan.destinations]
+    allocation = arrays.Allocation(plan.destinations, dtypes_of)
+    buffers = allocation.buffers
+    try:
+        if engine is None:
+            engine = engine_for({b.device for b in buffers})
+        engine.read(in_order(plan.reads, allocation.order), buffers)
+    finally:
+        filled = allocation.arrays()
     read = time.perf_counter()
-    shards: dict[str, list] = {array.name: [] for array, _ in wanted}
+    shards: dict[str, list] = {w.array.name: [] for w in wanted}
     for destination, array in zip(plan.destinations, filled, strict=True):
         shards[destination.array].append((destination, array))
     restored = [
-        arrays.assemble(array.layout.shape, sharding, shards[array.name])
-        for array, sharding in wanted
+        arrays.assemble(w.array.layout, w.sharding, shards[w.array.name], w.dtype) for w in wanted
     ]
+    jax.block_until_ready(restored)
     report = TransferReport(
         path=engine.path,
         bytes_read=plan.source_nbytes,
         bytes_restored=sum(b.nbytes for b in buffers),
         seconds=time.perf_counter() - start,
         plan_seconds=planned - start,
-        allocate_seconds=allocated - planned,
-        read_seconds=read - allocated,
+        read_seconds=read - planned,
         arrays=len(restored),
     )
     return restored, report
+
+
+def in_order(reads: Sequence[Read], order: Sequence[int]) -> list[Read]:
+    """Reads whose memory is allocated first come first; else they keep their order."""
+
+    def first(read: Read) -> int:
+        return min((order[p.destination] for s in read.segments for p in s.pieces), default=0)
+
+    return sorted(reads, key=first)

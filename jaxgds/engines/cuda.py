@@ -8,7 +8,10 @@ import ctypes
 import functools
 import mmap
 import os
+from collections.abc import Callable
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+
+from jaxgds.engines.strided import Box
 
 
 _HOST, _DEVICE = 1, 2  # CUmemorytype
@@ -90,10 +93,15 @@ def driver() -> ctypes.CDLL:
 
 def call(name: str, *arguments: object) -> None:
     """Calls the driver's function `name`; CudaError if it does not return success."""
-    lib = driver()
-    status = getattr(lib, name)(*arguments)
+    function = _functions.get(name)
+    if function is None:
+        function = _functions[name] = getattr(driver(), name)
+    status = function(*arguments)
     if status:
-        raise CudaError(f"{name}: {_reason(lib, status)}")
+        raise CudaError(f"{name}: {_reason(driver(), status)}")
+
+
+_functions: dict[str, Callable[..., int]] = {}
 
 
 def _reason(lib: ctypes.CDLL, status: int) -> str:
@@ -172,41 +180,34 @@ def event() -> int:
     return made.value
 
 
-def copy_box(
-    src: int,
-    dst: int,
-    shape: tuple[int, int, int],
-    src_strides: tuple[int, int],
-    dst_strides: tuple[int, int],
-    stream: int,
-    *,
-    from_host: bool,
-) -> None:
+def copy_box(box: Box, src: int, dst: int, stream: int, *, on_device: bool) -> None:
     """Queues the copy of a box of bytes into device memory.
 
     Args:
-      src, dst: addresses of the first byte.
-      shape: (depth, height, width).
-      src_strides, dst_strides: bytes from plane to plane, and from row to row; the former
-        must be a multiple of the latter.
-      from_host: `src` is host memory, pinned; otherwise memory of the same GPU.
+      src, dst: the addresses that the box's offsets count from.
+      on_device: `src` is memory of the same GPU; otherwise pinned host memory.
     """
-    depth, height, width = shape
-    box = Copy3D(
-        src_kind=_HOST if from_host else _DEVICE,
-        src_host=src if from_host else None,
-        src_device=0 if from_host else src,
-        src_pitch=src_strides[1],
-        src_height=src_strides[0] // src_strides[1],
+    depth, height, width = box.shape
+    src, dst = src + box.src, dst + box.dst
+    if depth == height == 1:
+        name = "cuMemcpyDtoDAsync_v2" if on_device else "cuMemcpyHtoDAsync_v2"
+        call(name, dst, src, width, stream)
+        return
+    copy = Copy3D(
+        src_kind=_DEVICE if on_device else _HOST,
+        src_host=None if on_device else src,
+        src_device=src if on_device else 0,
+        src_pitch=box.src_strides[1],
+        src_height=box.src_strides[0] // box.src_strides[1],
         dst_kind=_DEVICE,
         dst_device=dst,
-        dst_pitch=dst_strides[1],
-        dst_height=dst_strides[0] // dst_strides[1],
+        dst_pitch=box.dst_strides[1],
+        dst_height=box.dst_strides[0] // box.dst_strides[1],
         width=width,
         height=height,
         depth=depth,
     )
-    call("cuMemcpy3DAsync_v2", ctypes.byref(box), stream)
+    call("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
 
 
 def near_cpus(ordinal: int) -> set[int] | None:

@@ -3,13 +3,13 @@
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
 from jaxgds.engines.host import Files, direct, fill, opened
 from jaxgds.engines.posix import DirectFiles
-from jaxgds.engines.ring import Lane, Ring, Slot, near
+from jaxgds.engines.ring import MARGIN, Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Piece, Read, Segment
@@ -72,7 +72,8 @@ class _Restore:
     ):
         self._ring, self._buffers = ring, buffers
         self._files, self._direct_files = files, direct_files
-        self._work = by_device(reads, buffers)
+        self._ordinals = [ordinal_of(buffer) for buffer in buffers]
+        self._work = by_device(reads, self._ordinals)
         self._failed: list[BaseException] = []
         self._stop = False
 
@@ -121,72 +122,68 @@ class _Restore:
         source = read.source
         if read.codec == "raw" and isinstance(source, Extent):
             (segment,) = read.segments
-            at = 0
-            for part, nbytes in _parts(segment, self._ring.slot_bytes):
-                slot = lane.slot()
-                extent = Extent(source.file, source.offset + at, nbytes)
-                start = self._direct_files.read(extent, slot.view, read.array)
-                self._copy(part, nbytes, slot, start, lane)
-                at += nbytes
+            file = self._direct_files.open(source.file, read.array)
+
+            def stage(view: memoryview, at: int) -> int:
+                return file.read(source.offset + at, len(view) - MARGIN, view, read.array)
+
+            self._segment(segment, stage, lane)
             return
         with opened(read, self._files) as decoded:
+
+            def stage(view: memoryview, at: int) -> int:
+                fill(decoded, view[:-MARGIN], read)
+                return 0
+
             for segment in read.segments:
-                for part, nbytes in _parts(segment, self._ring.slot_bytes):
-                    slot = lane.slot()
-                    fill(decoded, slot.view[:nbytes], read)
-                    self._copy(part, nbytes, slot, 0, lane)
+                self._segment(segment, stage, lane)
 
-    def _copy(
-        self, pieces: Sequence[Piece], nbytes: int, slot: Slot, start: int, lane: Lane
+    def _segment(
+        self, segment: Segment, stage: Callable[[memoryview, int], int], lane: Lane
     ) -> None:
-        """Queues the copies of `nbytes` bytes at `start` of `slot`."""
-        src = slot.pointer + start
+        """Moves a segment to its destinations.
+
+        Args:
+          stage: puts bytes of the segment, from a given position on, into a view of a slot, as
+            many as the view has less MARGIN, and returns where in the view they start.
+        """
+        whole = direct(segment)
+        if whole is None:
+            assert segment.nbytes <= lane.slot_bytes  # see plan.MAX_STAGED
+            slot = lane.slot()
+            at = stage(slot.view[: segment.nbytes + MARGIN], 0)
+            self._scatter(segment, slot, slot.pointer + at, lane)
+            return
+        ordinal = self._ordinals[whole.destination]
+        stream = lane.stream(ordinal)
+        limit = lane.slot_bytes
+        for done in range(0, segment.nbytes, limit):
+            nbytes = min(limit, segment.nbytes - done)
+            slot = lane.slot()
+            src = slot.pointer + stage(slot.view[: nbytes + MARGIN], done)
+            # Asked for as late as possible: it may still be being allocated.
+            dst = self._buffers[whole.destination].pointer + whole.dst_offset + done
+            cuda.call("cuMemcpyHtoDAsync_v2", dst, src, nbytes, stream)
+            lane.release(slot, ordinal)
+
+    def _scatter(self, segment: Segment, slot: Slot, src: int, lane: Lane) -> None:
+        """Queues the copies of all pieces of a segment, which lies in `slot` at address `src`."""
         per_gpu: dict[int, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            per_gpu[ordinal_of(self._buffers[piece.destination])].append(piece)
-        try:
-            for ordinal, group in per_gpu.items():
-                stream = lane.stream(ordinal)
-                short = any(not p.contiguous and p.shape[-1] < LONG_ROW for p in group)
-                if short and len(per_gpu) == 1:
-                    scratch = lane.scratch(ordinal, nbytes)
-                    cuda.call("cuMemcpyHtoDAsync_v2", scratch, src, nbytes, stream)
-                    self._scatter(group, scratch, stream, from_host=False)
-                else:
-                    self._scatter(group, src, stream, from_host=True)
-        finally:
-            for ordinal in per_gpu:
+        for piece in segment.pieces:
+            per_gpu[self._ordinals[piece.destination]].append(piece)
+        for ordinal, pieces in per_gpu.items():
+            stream, start, on_device = lane.stream(ordinal), src, False
+            # Several GPUs would each have to take all of it.
+            if len(per_gpu) == 1 and any(p.shape[-1] < LONG_ROW for p in pieces):
+                start, on_device = lane.scratch(ordinal, segment.nbytes), True
+                cuda.call("cuMemcpyHtoDAsync_v2", start, src, segment.nbytes, stream)
+            try:
+                for piece in pieces:
+                    dst = self._buffers[piece.destination].pointer
+                    for box in boxes(piece):
+                        cuda.copy_box(box, start, dst, stream, on_device=on_device)
+            finally:
                 lane.release(slot, ordinal)
-
-    def _scatter(self, pieces: Sequence[Piece], src: int, stream: int, *, from_host: bool) -> None:
-        for piece in pieces:
-            dst = self._buffers[piece.destination].pointer
-            if piece.contiguous:
-                name = "cuMemcpyHtoDAsync_v2" if from_host else "cuMemcpyDtoDAsync_v2"
-                at = dst + piece.dst_offset
-                cuda.call(name, at, src + piece.src_offset, piece.nbytes, stream)
-                continue
-            for box in boxes(piece):
-                cuda.copy_box(
-                    src + box.src,
-                    dst + box.dst,
-                    box.shape,
-                    box.src_strides,
-                    box.dst_strides,
-                    stream,
-                    from_host=from_host,
-                )
-
-
-def _parts(segment: Segment, limit: int) -> Iterator[tuple[Sequence[Piece], int]]:
-    """Cuts a segment that one piece takes as it is; others fit into a slot as they are."""
-    whole = direct(segment)
-    if whole is None or segment.nbytes <= limit:
-        yield segment.pieces, segment.nbytes
-        return
-    for at in range(0, segment.nbytes, limit):
-        nbytes = min(limit, segment.nbytes - at)
-        yield (Piece(whole.destination, (nbytes,), 0, (1,), whole.dst_offset + at, (1,)),), nbytes
 
 
 def ordinal_of(buffer: "Buffer") -> int:
@@ -196,17 +193,20 @@ def ordinal_of(buffer: "Buffer") -> int:
     return ordinal
 
 
-def by_device(reads: Sequence[Read], buffers: Sequence["Buffer"]) -> dict[int, Iterator[Read]]:
+def by_device(reads: Sequence[Read], ordinals: Sequence[int]) -> dict[int, Iterator[Read]]:
     """The reads of each GPU; what several lanes may draw from at once.
 
     Compressed reads come first, the largest before the others: one frame is one
     thread's work, and a large one that is begun last would be waited for alone.
+
+    Args:
+      ordinals: of each destination, the GPU.
     """
     work: dict[int, list[Read]] = defaultdict(list)
     for read in reads:
         first = next((p for s in read.segments for p in s.pieces), None)
         if first is not None:
-            work[ordinal_of(buffers[first.destination])].append(read)
+            work[ordinals[first.destination]].append(read)
     for group in work.values():
         group.sort(key=lambda r: -r.source_nbytes if r.codec != "raw" else 0)
     return {ordinal: iter(group) for ordinal, group in work.items()}

@@ -14,15 +14,10 @@ BLOCK = 4096
 
 
 class DirectFiles:
-    """Files opened once each, and read by many threads at once.
-
-    What the page cache holds is copied from there. What it lacks is read with O_DIRECT, which
-    is faster and leaves the cache to others. Where the file system cannot tell
-    (RWF_NOWAIT) or has no O_DIRECT, reads are plain ones.
-    """
+    """Files opened once each, and read by many threads at once."""
 
     def __init__(self) -> None:
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, DirectFile] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> "DirectFiles":
@@ -33,30 +28,26 @@ class DirectFiles:
             file.close()
         self._files.clear()
 
-    def read(self, extent: Extent, view: memoryview, array: str) -> int:
-        """Reads `extent` somewhere into `view`, and returns at which offset.
-
-        Args:
-          view: page-aligned and at least 2 BLOCK longer than the extent.
-          array: for the error's text.
-
-        Raises:
-          CheckpointError: the file cannot be read, or ends before the extent does.
-        """
-        try:
-            with self._lock:
-                file = self._files.get(extent.file)
-                if file is None:
-                    file = self._files[extent.file] = _File(extent.file)
-            at, have = file.read(extent.offset, extent.nbytes, view)
-        except OSError as e:
-            raise CheckpointError(f"{extent.file}: array {array!r}: cannot be read: {e}") from e
-        if have < extent.nbytes:
-            raise truncated(extent, array, extent.nbytes - have)
-        return at
+    def open(self, path: str, array: str) -> "DirectFile":
+        """The open file; CheckpointError, which names `array` too, if it cannot be opened."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                try:
+                    file = self._files[path] = DirectFile(path)
+                except OSError as e:
+                    raise unreadable(path, array, e) from e
+        return file
 
 
-class _File:
+class DirectFile:
+    """One file.
+
+    What the page cache holds is copied from there. What it lacks is read with O_DIRECT, which
+    is faster and leaves the cache to others. Where the file system cannot tell
+    (RWF_NOWAIT) or has no O_DIRECT, reads are plain ones.
+    """
+
     def __init__(self, path: str):
         self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -69,18 +60,38 @@ class _File:
         if self._direct is not None:
             os.close(self._direct)
 
-    def read(self, offset: int, nbytes: int, view: memoryview) -> tuple[int, int]:
-        """(where in `view` the data starts, how many bytes of it there are)."""
+    def read(self, offset: int, nbytes: int, view: memoryview, array: str) -> int:
+        """Reads a range of the file somewhere into `view`, and returns at which offset.
+
+        Args:
+          view: page-aligned and at least 2 BLOCK longer than `nbytes`.
+          array: for the error's text.
+
+        Raises:
+          CheckpointError: the file cannot be read, or ends before the range does.
+        """
+        # The data lies in memory as it lies in its pages: copying is a third slower otherwise.
+        at = offset % BLOCK
+        try:
+            have = self._read_cached(offset, nbytes, view[at : at + nbytes])
+            if have is None:
+                have = self._read_direct(offset, nbytes, view)
+        except OSError as e:
+            raise unreadable(self._path, array, e) from e
+        if have < nbytes:
+            raise truncated(Extent(self._path, offset, nbytes), array, nbytes - have)
+        return at
+
+    def _read_cached(self, offset: int, nbytes: int, view: memoryview) -> int | None:
+        """How many bytes were read into `view`; None if O_DIRECT is to be used."""
         done = 0
         while done < nbytes:
             flags = self._cache_only
             try:
-                n = os.preadv(self._fd, [view[done:nbytes]], offset + done, flags)
+                n = os.preadv(self._fd, (view[done:] if done else view,), offset + done, flags)
             except BlockingIOError:  # not in the page cache
                 if self._open_direct():
-                    direct = self._read_direct(offset, nbytes, view)
-                    if direct is not None:
-                        return direct
+                    return None
                 self._cache_only = 0
                 continue
             except OSError as e:
@@ -91,7 +102,7 @@ class _File:
             if not n:
                 break
             done += n
-        return 0, done
+        return done
 
     def _open_direct(self) -> bool:
         with self._lock:
@@ -100,22 +111,28 @@ class _File:
                     self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
                 except OSError:
                     return False
-            return self._direct is not None
+            return True
 
-    def _read_direct(self, offset: int, nbytes: int, view: memoryview) -> tuple[int, int] | None:
-        """As `read`, by whole blocks; None if the file system refuses."""
+    def _read_direct(self, offset: int, nbytes: int, view: memoryview) -> int:
+        """Reads whole blocks from the start of `view`; how many of the wanted bytes there are."""
         assert self._direct is not None
         start = offset // BLOCK * BLOCK
         want = -(-(offset + nbytes) // BLOCK) * BLOCK - start
         done = 0
         while start + done < offset + nbytes:
             try:
-                n = os.preadv(self._direct, [view[done:want]], start + done)
+                n = os.preadv(self._direct, (view[done:want],), start + done)
             except OSError as e:
-                if e.errno == errno.EINVAL:
-                    return None
-                raise
+                if e.errno != errno.EINVAL:
+                    raise
+                self._cache_only = 0  # the file system takes O_DIRECT in open only
+                at = offset - start
+                return self._read_cached(offset, nbytes, view[at : at + nbytes]) or 0
             done += n
             if n % BLOCK or not n:  # the end of the file
                 break
-        return offset - start, max(0, min(done - (offset - start), nbytes))
+        return max(0, min(done - (offset - start), nbytes))
+
+
+def unreadable(path: str, array: str, reason: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: array {array!r}: cannot be read: {reason}")

@@ -23,18 +23,20 @@ MAX_PINNED = 256 << 20
 class Slot:
     """A page-aligned piece of pinned memory, and the copies out of it that are under way."""
 
+    __slots__ = ("events", "pending", "pointer", "view")
+
     def __init__(self, pointer: int, view: memoryview):
         self.pointer, self.view = pointer, view
         self.events: dict[int, int] = {}  # GPU -> event
-        self.pending: set[int] = set()  # GPUs that still copy out of it
-
-    def wait(self) -> None:
-        while self.pending:
-            cuda.call("cuEventSynchronize", self.events[self.pending.pop()])
+        self.pending: list[int] = []  # events not waited for
 
 
 class Lane:
-    """The slots of one thread, and its stream on each GPU."""
+    """The slots of one thread, and its stream on each GPU.
+
+    The methods between `open` and `drain` run hundreds of times a second on each of many threads
+    that share one interpreter lock, hence the care for what they do.
+    """
 
     def __init__(self, slots: int, slot_bytes: int):
         self.slot_bytes = slot_bytes
@@ -58,6 +60,9 @@ class Lane:
                     Slot(memory.pointer + at, memory.view[at : at + nbytes])
                     for at in range(0, self._count * nbytes, nbytes)
                 ]
+                self.stream(ordinal)
+                for slot in self._slots:
+                    slot.events[ordinal] = cuda.event()
 
     def use(self, ordinal: int) -> None:
         cuda.use(ordinal)
@@ -66,8 +71,9 @@ class Lane:
     def slot(self) -> Slot:
         """The slot that was used longest ago, free again."""
         slot = self._slots[self._next]
-        self._next = (self._next + 1) % len(self._slots)
-        slot.wait()
+        self._next = (self._next + 1) % self._count
+        while slot.pending:
+            cuda.call("cuEventSynchronize", slot.pending.pop())
         return slot
 
     def stream(self, ordinal: int) -> int:
@@ -80,13 +86,13 @@ class Lane:
         return stream
 
     def release(self, slot: Slot, ordinal: int) -> None:
-        """Marks `slot` as free once all that is queued on the stream of GPU `ordinal` is done."""
+        """Frees `slot` once all that is queued so far on the stream of GPU `ordinal` is done."""
         stream = self.stream(ordinal)
         event = slot.events.get(ordinal)
         if event is None:
             event = slot.events[ordinal] = cuda.event()
         cuda.call("cuEventRecord", event, stream)
-        slot.pending.add(ordinal)
+        slot.pending.append(event)
 
     def scratch(self, ordinal: int, nbytes: int) -> int:
         """Device memory of the current GPU for what is queued next; kept until `drain`."""

@@ -71,7 +71,7 @@ def pointers(array: jax.Array) -> list[int]:
 def test_no_array_aliases_another(path, sharding):
     first, second = load(path, sharding), load(path, sharding)
     spans = sorted(
-        (s.data.unsafe_buffer_pointer(), s.data.nbytes)
+        (s.data.unsafe_buffer_pointer(), s.data.on_device_size_in_bytes())
         for array in (*first.values(), *second.values())
         for s in array.addressable_shards
     )

@@ -1,0 +1,176 @@
+"""The parts of the GPU engines that need no GPU: boxes, file reads, lane counts, selection."""
+
+import mmap
+import os
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgds.engines import HostEngine, cuda, engine_for
+from jaxgds.engines.posix import BLOCK, DirectFiles
+from jaxgds.engines.ring import MAX_PINNED, lane_count
+from jaxgds.engines.strided import boxes
+from jaxgds.errors import CheckpointError
+from jaxgds.index import Extent, StoredArray
+from jaxgds.plan import make_plan
+from jaxgds.zarr import Layout
+
+
+def copy_box(src: np.ndarray, dst: np.ndarray, box) -> None:
+    """What the driver's 3-D copy does, from its own parameters: pitch and height in rows."""
+    depth, height, width = box.shape
+    assert all(plane % row == 0 for plane, row in (box.src_strides, box.dst_strides))
+    for z in range(depth):
+        for y in range(height):
+            a = box.src + z * box.src_strides[0] + y * box.src_strides[1]
+            b = box.dst + z * box.dst_strides[0] + y * box.dst_strides[1]
+            dst[b : b + width] = src[a : a + width]
+
+
+AXES = [("a",), (None, "a"), (None, None, "a"), ("a", "b"), (None, "a", "b"), ("b", None, "a")]
+
+
+@given(
+    shape=st.lists(st.integers(1, 3).map(lambda n: 4 * n), min_size=1, max_size=5),
+    cut=st.lists(st.sampled_from([1, 2, 4]), min_size=5, max_size=5),
+    axes=st.sampled_from(AXES),
+    dtype=st.sampled_from([np.uint8, np.int16, np.complex64]),
+)
+def test_boxes_rebuild_the_array(shape, cut, axes, dtype):
+    shape = tuple(shape)
+    chunk = tuple(n // c for n, c in zip(shape, cut, strict=False))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
+    layout = Layout(shape, np.dtype(dtype), chunk, chunk, "raw", False, "", ".")
+    data = np.random.default_rng(0).integers(0, 255, layout_bytes(layout), np.uint8)
+    grid = np.ndindex(*(n // c for n, c in zip(shape, chunk, strict=True)))
+    values = {
+        f"w/{'.'.join(map(str, index))}": Extent(
+            "file", i * layout.chunk_nbytes, layout.chunk_nbytes
+        )
+        for i, index in enumerate(grid)
+    }
+    sharding = NamedSharding(mesh, P(*axes[: len(shape)]))
+    plan = make_plan([(StoredArray("w", layout, values), sharding)])
+    ours = [
+        np.zeros(int(np.prod(d.shape)) * layout.dtype.itemsize, np.uint8) for d in plan.destinations
+    ]
+    for read in plan.reads:
+        assert isinstance(read.source, Extent)
+        (segment,) = read.segments
+        staged = data[read.source.offset :][: read.source.nbytes]
+        for piece in segment.pieces:
+            for box in boxes(piece):
+                copy_box(staged, ours[piece.destination], box)
+    whole = assembled(layout, data)
+    for destination, got in zip(plan.destinations, ours, strict=True):
+        expected = whole[tuple(slice(a, b) for a, b in destination.box)]
+        assert got.tobytes() == expected.tobytes()
+
+
+def layout_bytes(layout: Layout) -> int:
+    return int(np.prod(layout.shape)) * layout.dtype.itemsize
+
+
+def assembled(layout: Layout, data: np.ndarray) -> np.ndarray:
+    """The array whose chunks lie one after the other in `data`."""
+    whole = np.zeros(layout.shape, layout.dtype)
+    grid = np.ndindex(*(n // c for n, c in zip(layout.shape, layout.chunk, strict=True)))
+    for i, index in enumerate(grid):
+        part = data[i * layout.chunk_nbytes : (i + 1) * layout.chunk_nbytes].view(layout.dtype)
+        where = tuple(slice(k * c, (k + 1) * c) for k, c in zip(index, layout.chunk, strict=True))
+        whole[where] = part.reshape(layout.chunk)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def slot():
+    """Page-aligned memory, as a ring's slot is."""
+    memory = mmap.mmap(-1, 1 << 20)
+    view = memoryview(memory)
+    yield view
+    view.release()
+    memory.close()
+
+
+@pytest.fixture(params=["cached", "cold"])
+def file(request, tmp_path):
+    """A file on the disk of the tests' folder, in the page cache or dropped from it."""
+    data = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8)
+    path = tmp_path / "data.bin"
+    path.write_bytes(data.tobytes())
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        if request.param == "cold":
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return str(path), data
+
+
+@pytest.mark.parametrize(
+    "offset, nbytes",
+    [(0, 300_000), (0, 4096), (4096, 8192), (1, 1), (4095, 2), (12_345, 200_001), (299_999, 1)],
+)
+def test_a_range_of_a_file(file, slot, offset, nbytes):
+    path, data = file
+    with DirectFiles() as files:
+        for _ in range(2):
+            at = files.open(path, "w").read(offset, nbytes, slot[: nbytes + 2 * BLOCK], "w")
+            assert bytes(slot[at : at + nbytes]) == data[offset : offset + nbytes].tobytes()
+
+
+@pytest.mark.parametrize("offset, nbytes", [(0, 300_001), (299_999, 2), (290_000, 50_000)])
+def test_a_range_beyond_the_end(file, slot, offset, nbytes):
+    path, data = file
+    missing = offset + nbytes - len(data)
+    with DirectFiles() as files, pytest.raises(CheckpointError, match=f"'w'.* {missing} bytes"):
+        files.open(path, "w").read(offset, nbytes, slot, "w")
+
+
+def test_files_that_cannot_be_read(tmp_path, slot):
+    with DirectFiles() as files:
+        with pytest.raises(CheckpointError, match=r"gone\.bin.*'w'"):
+            files.open(str(tmp_path / "gone.bin"), "w")
+        with pytest.raises(CheckpointError, match="directory"):
+            files.open(str(tmp_path), "w").read(0, 1, slot, "w")
+
+
+def test_files_are_closed(file, slot):
+    before = os.listdir("/proc/self/fd")
+    with DirectFiles() as files:
+        files.open(file[0], "w").read(5, 100, slot, "w")
+        assert len(os.listdir("/proc/self/fd")) > len(before)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    "text, cpus",
+    [("0-3,8,10-11\n", {0, 1, 2, 3, 8, 10, 11}), ("5", {5}), ("", set()), ("\n", set())],
+)
+def test_cpu_lists(text, cpus):
+    assert cuda.parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize(
+    "gpus, cores, expected", [(1, 16, 16), (1, 64, 16), (1, 2, 2), (8, 128, 32), (4, 2, 4)]
+)
+def test_lanes_are_bounded_by_cores_and_pinned_memory(gpus, cores, expected):
+    count = lane_count(gpus, threads=16, lane_bytes=8 << 20, cores=cores)
+    assert count == expected and count * (8 << 20) <= MAX_PINNED
+
+
+def test_the_engine_is_chosen_by_platform_and_by_force(monkeypatch):
+    cpu = {jax.devices("cpu")[0]}
+    monkeypatch.delenv("JAXGDS_ENGINE", raising=False)
+    assert isinstance(engine_for(cpu), HostEngine)
+    assert isinstance(engine_for(cpu, "host"), HostEngine)
+    with pytest.raises(NotImplementedError, match="'pinned' for cpu"):
+        engine_for(cpu, "pinned")
+    with pytest.raises(ValueError, match="'warp'.*gds, pinned, host"):
+        engine_for(cpu, "warp")
+    monkeypatch.setenv("JAXGDS_ENGINE", "gds")
+    with pytest.raises(NotImplementedError, match="'gds' for cpu"):
+        engine_for(cpu)
