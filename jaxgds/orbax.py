@@ -31,7 +31,9 @@ from jaxgds.restore import Wanted
 ArrayHandler = ocp.type_handlers.ArrayHandler
 Deserialize = Callable[..., Awaitable[Sequence[jax.Array]]]
 
-_stock: Deserialize = ArrayHandler.deserialize
+# Reads on one replica and broadcasts over the network: left alone, but reported.
+BroadcastHandler = ocp.type_handlers.SingleReplicaArrayHandler
+_STOCK: dict[type, Deserialize] = {c: c.deserialize for c in (ArrayHandler, BroadcastHandler)}
 
 
 def install(*, strict: bool | None = None) -> None:
@@ -44,27 +46,33 @@ def install(*, strict: bool | None = None) -> None:
       strict: raise FallbackError instead of leaving an array to Orbax; None asks the
         environment variable JAXGDS_STRICT.
     """
+    for kind, stock in _STOCK.items():
+        kind.deserialize = _replacement(stock, strict)
 
+
+def _replacement(stock: Deserialize, strict: bool | None) -> Deserialize:
     async def deserialize(self, infos, args=None):
-        return await _deserialize(self, infos, args, strict)
+        return await _deserialize(self, infos, args, strict, stock)
 
-    ArrayHandler.deserialize = deserialize  # type: ignore[method-assign]
+    return deserialize
 
 
 def uninstall() -> None:
     """Gives Orbax its own method back."""
-    ArrayHandler.deserialize = _stock  # type: ignore[method-assign]
+    for kind, stock in _STOCK.items():
+        kind.deserialize = stock
 
 
 @contextmanager
 def installed(*, strict: bool | None = None) -> Iterator[None]:
     """`install()` within a `with` block."""
-    before = ArrayHandler.deserialize
+    before = {kind: kind.deserialize for kind in _STOCK}
     install(strict=strict)
     try:
         yield
     finally:
-        ArrayHandler.deserialize = before  # type: ignore[method-assign]
+        for kind, deserialize in before.items():
+            kind.deserialize = deserialize
 
 
 def handler(*, strict: bool | None = None, **kwargs: Any) -> ocp.PyTreeCheckpointHandler:
@@ -97,13 +105,16 @@ class _Handler(ArrayHandler):
     _jaxgds_strict: bool | None = None
 
     async def deserialize(self, infos, args=None):
-        return await _deserialize(self, infos, args, self._jaxgds_strict)
+        stock = _STOCK[ArrayHandler]
+        return await _deserialize(self, infos, args, self._jaxgds_strict, stock)
 
 
-async def _deserialize(self, infos, args, strict: bool | None) -> Sequence[jax.Array]:
+async def _deserialize(
+    self, infos, args, strict: bool | None, stock: Deserialize
+) -> Sequence[jax.Array]:
     """Restores what jaxgds can, leaves the rest to Orbax, keeps the order."""
     if args is None or not infos:
-        return await _stock(self, infos, args)
+        return await stock(self, infos, args)
     start = time.perf_counter()
     for info in infos:
         await info.await_path_creation()
@@ -119,7 +130,7 @@ async def _deserialize(self, infos, args, strict: bool | None) -> Sequence[jax.A
             result[i] = array if key is None else jax.random.wrap_key_data(array, impl=key)
     if fallbacks:
         some = list(fallbacks)
-        arrays = await _stock(self, [infos[i] for i in some], [args[i] for i in some])
+        arrays = await stock(self, [infos[i] for i in some], [args[i] for i in some])
         result.update(zip(some, arrays, strict=True))
     report.publish(
         TransferReport(
@@ -139,6 +150,8 @@ def _sort_out(self, infos, args) -> tuple[dict[int, _Leaf], dict[int, str]]:
     """Which leaves jaxgds restores, and why it does not restore the others."""
     folder = os.fspath(infos[0].parent_dir)
     everything = range(len(infos))
+    if isinstance(self, BroadcastHandler):
+        return {}, dict.fromkeys(everything, "one replica reads and broadcasts it, as asked for")
     if getattr(self, "_dispatcher", None) is not None:
         return {}, dict.fromkeys(everything, "a dispatcher restores on remote workers")
     if not os.path.isdir(folder):

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 ArrayHandler = ocp.type_handlers.ArrayHandler
 STOCK = ArrayHandler.deserialize
+BROADCAST = ocp.type_handlers.SingleReplicaArrayHandler.deserialize
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,7 @@ def stock_method_before_and_after():
     assert ArrayHandler.deserialize is STOCK
     yield
     assert ArrayHandler.deserialize is STOCK
+    assert ocp.type_handlers.SingleReplicaArrayHandler.deserialize is BROADCAST
 
 
 def mesh(*shape: int, reverse: bool = False) -> Mesh:
@@ -628,10 +630,21 @@ def test_a_handler_for_one_checkpointer(item, tmp_path, tree):
         oracle.assert_same(c.restore(files), PyTree().restore(files, None))
 
 
-def test_the_single_replica_handler_keeps_its_own_way():
-    own = ocp.type_handlers.SingleReplicaArrayHandler.deserialize
-    with jaxgds.orbax.installed():
-        assert ocp.type_handlers.SingleReplicaArrayHandler.deserialize is own is not STOCK
+def test_load_and_broadcast_is_left_to_orbax_and_said_so(tmp_path, pair):
+    ocp.v1.save(tmp_path / "v1", pair)
+    target = abstract(pair, lambda x: NamedSharding(mesh(4, 2), P("y")))
+    context = ocp.v1.Context()
+    context.array.loading.use_load_and_broadcast = True
+    with context:
+        stock = ocp.v1.load(tmp_path / "v1", target)
+        with jaxgds.orbax.installed():
+            ours = ocp.v1.load(tmp_path / "v1", target)
+        report = oracle.last_report()
+        assert report.path == "orbax" and set(report.fallbacks) == {"w", "v"}
+        assert "broadcast" in report.fallbacks["w"]
+        with jaxgds.orbax.installed(strict=True), pytest.raises(jaxgds.FallbackError):
+            ocp.v1.load(tmp_path / "v1", target)
+    oracle.assert_same(ours, stock)
 
 
 def test_strict(tmp_path, monkeypatch, pair):
