@@ -1,7 +1,10 @@
 """The few calls of the CUDA driver that the GPU engines make, through ctypes.
 
-ctypes releases the GIL during each call, and nothing needs to be installed besides the driver.
-Streams and events belong to the context that is current when they are made: `use` first.
+Nothing needs to be installed besides the driver. Streams and events belong to the
+context that is current when they are made: `use` first.
+
+`call` releases Python's interpreter lock. `submit` keeps it: with many threads it takes
+a hundred times longer to get it back than to put work into a stream.
 """
 
 import ctypes
@@ -18,6 +21,7 @@ _HOST, _DEVICE = 1, 2  # CUmemorytype
 _MADV_POPULATE_WRITE = 23
 _PORTABLE = 1  # pinned for every context, not just the current one
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
+_NOT_READY = 600
 _BLOCKING_SYNC, _DISABLE_TIMING = 1, 2
 
 
@@ -63,6 +67,7 @@ _SIGNATURES = {
     "cuStreamDestroy_v2": [c_void_p],
     "cuEventCreate": [POINTER(c_void_p), c_uint],
     "cuEventRecord": [c_void_p, c_void_p],
+    "cuEventQuery": [c_void_p],
     "cuEventSynchronize": [c_void_p],
     "cuEventDestroy_v2": [c_void_p],
     "cuMemcpyHtoDAsync_v2": [c_uint64, c_void_p, c_size_t, c_void_p],
@@ -93,15 +98,41 @@ def driver() -> ctypes.CDLL:
 
 def call(name: str, *arguments: object) -> None:
     """Calls the driver's function `name`; CudaError if it does not return success."""
-    function = _functions.get(name)
-    if function is None:
-        function = _functions[name] = getattr(driver(), name)
-    status = function(*arguments)
+    status = getattr(driver(), name)(*arguments)
     if status:
         raise CudaError(f"{name}: {_reason(driver(), status)}")
 
 
-_functions: dict[str, Callable[..., int]] = {}
+def submit(name: str, *arguments: object) -> None:
+    """As `call`, for what only queues work and returns at once."""
+    status = _queueing()[name](*arguments)
+    if status:
+        raise CudaError(f"{name}: {_reason(driver(), status)}")
+
+
+def wait(event: int) -> None:
+    """Returns when what was queued before `event` is done."""
+    status = _queueing()["cuEventQuery"](event)
+    if status == _NOT_READY:
+        call("cuEventSynchronize", event)
+    elif status:
+        raise CudaError(f"cuEventQuery: {_reason(driver(), status)}")
+
+
+@functools.cache
+def _queueing() -> dict[str, Callable[..., int]]:
+    driver()
+    lib = ctypes.PyDLL("libcuda.so.1")  # functions of a PyDLL keep the interpreter lock
+    names = (
+        "cuMemcpyHtoDAsync_v2",
+        "cuMemcpyDtoDAsync_v2",
+        "cuMemcpy3DAsync_v2",
+        "cuEventRecord",
+        "cuEventQuery",
+    )
+    for name in names:
+        getattr(lib, name).argtypes = _SIGNATURES[name]
+    return {name: getattr(lib, name) for name in names}
 
 
 def _reason(lib: ctypes.CDLL, status: int) -> str:
@@ -191,7 +222,7 @@ def copy_box(box: Box, src: int, dst: int, stream: int, *, on_device: bool) -> N
     src, dst = src + box.src, dst + box.dst
     if depth == height == 1:
         name = "cuMemcpyDtoDAsync_v2" if on_device else "cuMemcpyHtoDAsync_v2"
-        call(name, dst, src, width, stream)
+        submit(name, dst, src, width, stream)
         return
     copy = Copy3D(
         src_kind=_DEVICE if on_device else _HOST,
@@ -207,7 +238,7 @@ def copy_box(box: Box, src: int, dst: int, stream: int, *, on_device: bool) -> N
         height=height,
         depth=depth,
     )
-    call("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
+    submit("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
 
 
 def near_cpus(ordinal: int) -> set[int] | None:

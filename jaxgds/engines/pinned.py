@@ -3,15 +3,14 @@
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
 from jaxgds.engines.host import Files, direct, fill, opened
 from jaxgds.engines.posix import DirectFiles
-from jaxgds.engines.ring import MARGIN, Lane, Ring, Slot, near
+from jaxgds.engines.ring import Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
-from jaxgds.index import Extent
 from jaxgds.plan import Piece, Read, Segment
 
 
@@ -120,68 +119,64 @@ class _Restore:
 
     def _carry_out(self, read: Read, lane: Lane) -> None:
         source = read.source
-        if read.codec == "raw" and isinstance(source, Extent):
-            (segment,) = read.segments
-            file = self._direct_files.open(source.file, read.array)
-
-            def stage(view: memoryview, at: int) -> int:
-                return file.read(source.offset + at, len(view) - MARGIN, view, read.array)
-
-            self._segment(segment, stage, lane)
+        if read.codec != "raw" or isinstance(source, bytes):
+            self._decode(read, lane)
             return
-        with opened(read, self._files) as decoded:
-
-            def stage(view: memoryview, at: int) -> int:
-                fill(decoded, view[:-MARGIN], read)
-                return 0
-
-            for segment in read.segments:
-                self._segment(segment, stage, lane)
-
-    def _segment(
-        self, segment: Segment, stage: Callable[[memoryview, int], int], lane: Lane
-    ) -> None:
-        """Moves a segment to its destinations.
-
-        Args:
-          stage: puts bytes of the segment, from a given position on, into a view of a slot, as
-            many as the view has less MARGIN, and returns where in the view they start.
-        """
+        (segment,) = read.segments
+        file = self._direct_files.open(source.file, read.array)
         whole = direct(segment)
         if whole is None:
             assert segment.nbytes <= lane.slot_bytes  # see plan.MAX_STAGED
             slot = lane.slot()
-            at = stage(slot.view[: segment.nbytes + MARGIN], 0)
-            self._scatter(segment, slot, slot.pointer + at, lane)
+            at = file.read(source.offset, segment.nbytes, slot.view, read.array)
+            self._scatter(segment, slot, at, lane)
             return
-        ordinal = self._ordinals[whole.destination]
-        stream = lane.stream(ordinal)
-        limit = lane.slot_bytes
-        for done in range(0, segment.nbytes, limit):
-            nbytes = min(limit, segment.nbytes - done)
+        ordinal, offset, left = self._ordinals[whole.destination], source.offset, segment.nbytes
+        dst = 0
+        while left:
+            nbytes = min(left, lane.slot_bytes)
             slot = lane.slot()
-            src = slot.pointer + stage(slot.view[: nbytes + MARGIN], done)
+            at = file.read(offset, nbytes, slot.view, read.array)
             # Asked for as late as possible: it may still be being allocated.
-            dst = self._buffers[whole.destination].pointer + whole.dst_offset + done
-            cuda.call("cuMemcpyHtoDAsync_v2", dst, src, nbytes, stream)
-            lane.release(slot, ordinal)
+            dst = dst or self._buffers[whole.destination].pointer + whole.dst_offset
+            lane.copy(slot, at, dst, nbytes, ordinal)
+            offset, dst, left = offset + nbytes, dst + nbytes, left - nbytes
 
-    def _scatter(self, segment: Segment, slot: Slot, src: int, lane: Lane) -> None:
-        """Queues the copies of all pieces of a segment, which lies in `slot` at address `src`."""
+    def _decode(self, read: Read, lane: Lane) -> None:
+        """The same for what is compressed, or held inline by the metadata."""
+        with opened(read, self._files) as decoded:
+            for segment in read.segments:
+                whole = direct(segment)
+                if whole is None:
+                    slot = lane.slot()
+                    fill(decoded, slot.view[: segment.nbytes], read)
+                    self._scatter(segment, slot, 0, lane)
+                    continue
+                ordinal = self._ordinals[whole.destination]
+                for done in range(0, segment.nbytes, lane.slot_bytes):
+                    nbytes = min(lane.slot_bytes, segment.nbytes - done)
+                    slot = lane.slot()
+                    fill(decoded, slot.view[:nbytes], read)
+                    dst = self._buffers[whole.destination].pointer + whole.dst_offset
+                    lane.copy(slot, 0, dst + done, nbytes, ordinal)
+
+    def _scatter(self, segment: Segment, slot: Slot, at: int, lane: Lane) -> None:
+        """Queues the copies of all pieces of a segment, which lies at `at` in `slot`."""
         per_gpu: dict[int, list[Piece]] = defaultdict(list)
         for piece in segment.pieces:
             per_gpu[self._ordinals[piece.destination]].append(piece)
         for ordinal, pieces in per_gpu.items():
-            stream, start, on_device = lane.stream(ordinal), src, False
-            # Several GPUs would each have to take all of it.
-            if len(per_gpu) == 1 and any(p.shape[-1] < LONG_ROW for p in pieces):
-                start, on_device = lane.scratch(ordinal, segment.nbytes), True
-                cuda.call("cuMemcpyHtoDAsync_v2", start, src, segment.nbytes, stream)
+            stream, src, on_device = lane.stream(ordinal), slot.pointer + at, False
             try:
+                # Several GPUs would each have to take all of it.
+                if len(per_gpu) == 1 and any(p.shape[-1] < LONG_ROW for p in pieces):
+                    scratch = lane.scratch(ordinal, segment.nbytes)
+                    cuda.submit("cuMemcpyHtoDAsync_v2", scratch, src, segment.nbytes, stream)
+                    src, on_device = scratch, True
                 for piece in pieces:
                     dst = self._buffers[piece.destination].pointer
                     for box in boxes(piece):
-                        cuda.copy_box(box, start, dst, stream, on_device=on_device)
+                        cuda.copy_box(box, src, dst, stream, on_device=on_device)
             finally:
                 lane.release(slot, ordinal)
 

@@ -52,7 +52,8 @@ class DirectFile:
         self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._direct: int | None = None
-        self._cache_only = os.RWF_NOWAIT  # 0: the file system does not know this flag
+        # Fail where the page cache lacks the data; 0 where the file system cannot tell.
+        self._flags = os.RWF_NOWAIT
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -73,6 +74,16 @@ class DirectFile:
         # The data lies in memory as it lies in its pages: copying is a third slower otherwise.
         at = offset % BLOCK
         try:
+            if os.preadv(self._fd, (view[at : at + nbytes],), offset, self._flags) == nbytes:
+                return at
+        except OSError:
+            pass
+        return self._read_slowly(offset, nbytes, view, array)
+
+    def _read_slowly(self, offset: int, nbytes: int, view: memoryview, array: str) -> int:
+        """As `read`, where that was no single full read from the page cache."""
+        at = offset % BLOCK
+        try:
             have = self._read_cached(offset, nbytes, view[at : at + nbytes])
             if have is None:
                 have = self._read_direct(offset, nbytes, view)
@@ -86,18 +97,18 @@ class DirectFile:
         """How many bytes were read into `view`; None if O_DIRECT is to be used."""
         done = 0
         while done < nbytes:
-            flags = self._cache_only
+            flags = self._flags
             try:
-                n = os.preadv(self._fd, (view[done:] if done else view,), offset + done, flags)
+                n = os.preadv(self._fd, (view[done:],), offset + done, flags)
             except BlockingIOError:  # not in the page cache
                 if self._open_direct():
                     return None
-                self._cache_only = 0
+                self._flags = 0
                 continue
             except OSError as e:
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL) or not flags:
                     raise
-                self._cache_only = 0
+                self._flags = 0
                 continue
             if not n:
                 break
@@ -125,7 +136,7 @@ class DirectFile:
             except OSError as e:
                 if e.errno != errno.EINVAL:
                     raise
-                self._cache_only = 0  # the file system takes O_DIRECT in open only
+                self._flags = 0  # the file system takes O_DIRECT in open only
                 at = offset - start
                 return self._read_cached(offset, nbytes, view[at : at + nbytes]) or 0
             done += n

@@ -32,27 +32,28 @@ class Slot:
 
 
 class Lane:
-    """The slots of one thread, and its stream on each GPU.
+    """The slots of one thread.
 
-    The methods between `open` and `drain` run hundreds of times a second on each of many threads
-    that share one interpreter lock, hence the care for what they do.
+    The methods between `open` and `drain` run thousands of times a second over all threads, which
+    share one interpreter lock and find the caches full of weights: hence the care for
+    what they do.
     """
 
-    def __init__(self, slots: int, slot_bytes: int):
+    def __init__(self, slots: int, slot_bytes: int, streams: "Streams"):
         self.slot_bytes = slot_bytes
-        self._count = slots
+        self._count, self._streams = slots, streams
         self._memory: cuda.Pinned | None = None
         self._slots: list[Slot] = []
         self._next = 0
-        self._streams: dict[int, int] = {}
         self._scratch: dict[int, tuple[int, int]] = {}  # GPU -> (pointer, bytes)
         self._current: int | None = None
         self._opening = threading.Lock()
 
     def open(self, ordinal: int) -> None:
         """Pins the slots (once), and makes GPU `ordinal` current for the calling thread."""
-        self.use(ordinal)
+        cuda.use(ordinal)
         with self._opening:
+            self._current = ordinal
             if not self._slots:
                 nbytes = self.slot_bytes + MARGIN
                 memory = self._memory = cuda.Pinned(self._count * nbytes)
@@ -60,38 +61,36 @@ class Lane:
                     Slot(memory.pointer + at, memory.view[at : at + nbytes])
                     for at in range(0, self._count * nbytes, nbytes)
                 ]
-                self.stream(ordinal)
                 for slot in self._slots:
                     slot.events[ordinal] = cuda.event()
-
-    def use(self, ordinal: int) -> None:
-        cuda.use(ordinal)
-        self._current = ordinal
 
     def slot(self) -> Slot:
         """The slot that was used longest ago, free again."""
         slot = self._slots[self._next]
         self._next = (self._next + 1) % self._count
         while slot.pending:
-            cuda.call("cuEventSynchronize", slot.pending.pop())
+            cuda.wait(slot.pending.pop())
         return slot
 
     def stream(self, ordinal: int) -> int:
-        """This lane's stream on GPU `ordinal`, which becomes current."""
+        """The stream of GPU `ordinal`, which becomes current."""
         if self._current != ordinal:
-            self.use(ordinal)
-        stream = self._streams.get(ordinal)
-        if stream is None:
-            stream = self._streams[ordinal] = cuda.stream()
-        return stream
+            cuda.use(ordinal)
+            self._current = ordinal
+        return self._streams[ordinal]
+
+    def copy(self, slot: Slot, at: int, dst: int, nbytes: int, ordinal: int) -> None:
+        """Queues a copy from `slot`, and frees it once that is done."""
+        stream = self.stream(ordinal)
+        cuda.submit("cuMemcpyHtoDAsync_v2", dst, slot.pointer + at, nbytes, stream)
+        self.release(slot, ordinal)
 
     def release(self, slot: Slot, ordinal: int) -> None:
         """Frees `slot` once all that is queued so far on the stream of GPU `ordinal` is done."""
-        stream = self.stream(ordinal)
         event = slot.events.get(ordinal)
         if event is None:
             event = slot.events[ordinal] = cuda.event()
-        cuda.call("cuEventRecord", event, stream)
+        cuda.submit("cuEventRecord", event, self._streams[ordinal])
         slot.pending.append(event)
 
     def scratch(self, ordinal: int, nbytes: int) -> int:
@@ -108,29 +107,43 @@ class Lane:
 
     def drain(self) -> None:
         """Returns when nothing of this lane's is under way; gives device memory back."""
-        for ordinal, stream in self._streams.items():
-            self.use(ordinal)
-            cuda.call("cuStreamSynchronize", stream)
-            pointer, have = self._scratch.pop(ordinal, (0, 0))
-            if have:
-                cuda.free(pointer)
         for slot in self._slots:
-            slot.pending.clear()
+            while slot.pending:
+                cuda.wait(slot.pending.pop())
+        for ordinal, (pointer, _) in self._scratch.items():
+            self.stream(ordinal)
+            cuda.free(pointer)
+        self._scratch.clear()
 
     def close(self) -> None:
         """Drains, and gives everything back."""
         self.drain()
-        for ordinal, stream in self._streams.items():
-            self.use(ordinal)
-            for slot in self._slots:
-                if ordinal in slot.events:
-                    cuda.call("cuEventDestroy_v2", slot.events[ordinal])
-            cuda.call("cuStreamDestroy_v2", stream)
-        self._streams.clear()
+        for slot in self._slots:
+            for ordinal, event in slot.events.items():
+                self.stream(ordinal)
+                cuda.call("cuEventDestroy_v2", event)
         self._slots.clear()
         if self._memory is not None:
             self._memory.close()
             self._memory = None
+
+
+class Streams(dict[int, int]):
+    """GPU -> the one stream that all lanes share; made when it is first asked for.
+
+    There is one way to the device, which one stream fills as well as many, and each
+    stream takes milliseconds to make. The GPU must be current.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def __missing__(self, ordinal: int) -> int:
+        with self._lock:
+            if ordinal not in self:
+                self[ordinal] = cuda.stream()
+            return self[ordinal]
 
 
 class Ring:
@@ -149,6 +162,7 @@ class Ring:
         self.busy = threading.Lock()
         self.slot_bytes = slot_bytes
         self._threads, self._slots = threads, slots
+        self._streams = Streams()
         self._lanes: list[Lane] = []
         self._growing = threading.Lock()
 
@@ -157,7 +171,7 @@ class Ring:
         count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
         with self._growing:
             while len(self._lanes) < count:
-                self._lanes.append(Lane(self._slots, self.slot_bytes))
+                self._lanes.append(Lane(self._slots, self.slot_bytes, self._streams))
             lanes = self._lanes[:count]
         return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(lanes)]
 
@@ -170,12 +184,17 @@ class Ring:
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
+        for ordinal, stream in self._streams.items():
+            cuda.use(ordinal)
+            cuda.call("cuStreamDestroy_v2", stream)
+        self._streams.clear()
 
 
 def _open(lane: Lane, ordinal: int) -> None:
     near(ordinal)
     try:
         lane.open(ordinal)
+        lane.stream(ordinal)
     except cuda.CudaError:
         pass  # the thread that needs the lane meets the same error, and reports it
 
