@@ -8,8 +8,9 @@ are one destination: they are filled from it afterwards, not from storage.
 import dataclasses
 import itertools
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Sharding
@@ -21,7 +22,7 @@ from jaxgds.zarr import Codec
 
 # Small enough that many threads share one large array, large enough that a
 # system call's cost vanishes.
-MAX_READ = 8 << 20
+MAX_READ = 16 << 20
 # Segments that are scattered are staged whole, so they must fit into a slot of a staging ring.
 MAX_STAGED = 4 << 20
 # Runs at least this long are worth a read of their own; shorter ones are read
@@ -112,24 +113,37 @@ class Plan:
         return sum(read.source_nbytes for read in self.reads)
 
 
-def make_plan(arrays: Sequence[tuple[StoredArray, Sharding]], max_read: int = MAX_READ) -> Plan:
+def all_shards(arrays: Sequence[tuple[StoredArray, Sharding]]) -> tuple[Destination, ...]:
+    """What to allocate for `arrays`: the distinct shards of each, in order."""
+    found = [shards(array.name, array.layout.shape, sharding) for array, sharding in arrays]
+    return tuple(itertools.chain.from_iterable(found))
+
+
+def make_plan(
+    arrays: Sequence[tuple[StoredArray, Sharding]],
+    max_read: int = MAX_READ,
+    destinations: tuple[Destination, ...] | None = None,
+) -> Plan:
     """Plans the reads that fill every addressable shard of `arrays`.
 
     Args:
       arrays: each array of the checkpoint with the sharding it is to have.
       max_read: bytes per raw read, and per decoded segment.
+      destinations: `all_shards(arrays)`, where that is known already.
 
     Raises:
       CheckpointError: a chunk is missing or has an impossible size.
     """
-    destinations: list[Destination] = []
+    if destinations is None:
+        destinations = all_shards(arrays)
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, destination in enumerate(destinations):
+        numbers[destination.array].append(number)
     reads: list[Read] = []
-    for array, sharding in arrays:
-        first = len(destinations)
-        destinations += shards(array.name, array.layout.shape, sharding)
-        reads += _array_reads(array, destinations, first, max_read)
+    for array, _ in arrays:
+        reads += _array_reads(array, destinations, numbers[array.name], max_read)
     reads.sort(key=_file_order)
-    return Plan(tuple(destinations), tuple(reads))
+    return Plan(destinations, tuple(reads))
 
 
 def shards(name: str, shape: tuple[int, ...], sharding: Sharding) -> list[Destination]:
@@ -143,96 +157,102 @@ def shards(name: str, shape: tuple[int, ...], sharding: Sharding) -> list[Destin
 
 
 def _array_reads(
-    array: StoredArray, destinations: Sequence[Destination], first: int, max_read: int
+    array: StoredArray, destinations: Sequence[Destination], numbers: Sequence[int], max_read: int
 ) -> Iterator[Read]:
     layout = array.layout
-    itemsize = layout.dtype.itemsize
     wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number in range(first, len(destinations)):
+    for number in numbers:
         spans = [
             range(start // c, -(-stop // c))
             for (start, stop), c in zip(destinations[number].box, layout.chunk, strict=True)
         ]
         for index in itertools.product(*spans):
             wanted[index].append(number)
-    for index, numbers in wanted.items():
+    strides = {n: _strides(destinations[n].shape, layout.dtype.itemsize) for n in numbers}
+    alike: dict[tuple[int, ...], tuple[tuple[int, ...], list[tuple[int, Segment]]]] = {}
+    for index, needed_by in wanted.items():
         source = array.chunk(index)
         origin = tuple(i * c for i, c in zip(index, layout.chunk, strict=True))
-        pieces = _Scatter(layout.chunk, origin, itemsize, destinations, numbers)
+        chunk = _Scatter(layout.chunk, origin, layout.dtype.itemsize, destinations, needed_by)
+        # Chunks that lie wholly inside the same destinations differ by a shift only, and
+        # to shift is far cheaper than to intersect boxes again.
+        if all(chunk.inside) and (key := tuple(needed_by)) in alike:
+            first, parts = alike[key]
+            shift = [a - b for a, b in zip(origin, first, strict=True)]
+            parts = [(at, _moved(segment, shift, strides)) for at, segment in parts]
+        else:
+            parts = list(chunk.parts(layout.codec, max_read))
+            if all(chunk.inside):
+                alike[tuple(needed_by)] = origin, parts
         if layout.codec == "raw":
             _check_size(array.name, source, layout.chunk_nbytes)
-            for at, segment in pieces.ranges(max_read):
+            for at, segment in parts:
                 yield Read(array.name, _part(source, at, segment.nbytes), "raw", (segment,))
         else:
-            yield Read(array.name, source, layout.codec, tuple(pieces.segments(max_read)))
+            yield Read(array.name, source, layout.codec, tuple(s for _, s in parts))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class _Scatter:
-    """One decoded chunk, and the destinations that need parts of it."""
+    """One decoded chunk, and the destinations that need parts of it.
 
-    chunk: tuple[int, ...]
-    origin: tuple[int, ...]
-    itemsize: int
-    destinations: Sequence[Destination]
-    numbers: Sequence[int]
+    Attributes:
+      inside: per axis, whether the chunk lies wholly within each destination.
+    """
 
-    def segments(self, limit: int) -> Iterator[Segment]:
-        """The whole chunk, front to back (a compressed frame cannot be entered midway)."""
+    def __init__(
+        self,
+        chunk: tuple[int, ...],
+        origin: tuple[int, ...],
+        itemsize: int,
+        destinations: Sequence[Destination],
+        numbers: Sequence[int],
+    ):
+        self.chunk, self.origin, self.itemsize = chunk, origin, itemsize
+        self.destinations, self.numbers = destinations, numbers
+        self.inside = [True] * len(chunk)
+        for n in numbers:
+            for axis, (lo, hi) in enumerate(destinations[n].box):
+                if not lo <= origin[axis] <= origin[axis] + chunk[axis] <= hi:
+                    self.inside[axis] = False
+
+    def parts(self, codec: Codec, limit: int) -> Iterator[tuple[int, Segment]]:
+        """The segments to read, and where in the chunk they start.
+
+        Of a raw chunk those that are needed; of a compressed one, which cannot be entered midway,
+        all.
+        """
         whole = self._whole()
-        if whole is not None:
-            yield Segment(whole.nbytes, (whole,))
+        if whole is None:
+            yield from self._walk(limit, _needed if codec == "raw" else _everything)
             return
-        for _, segment in self._walk(limit, lambda n, pieces: [(0, Segment(n, tuple(pieces)))]):
-            yield segment
-
-    def ranges(self, limit: int) -> Iterator[tuple[int, Segment]]:
-        """Only the bytes that are needed: (offset in the chunk, segment) of each read."""
-        whole = self._whole()
-        if whole is not None:
-            step = max(1, limit // self.itemsize) * self.itemsize
-            for at in range(0, whole.nbytes, step):
-                n, to = min(step, whole.nbytes - at), whole.dst_offset + at
-                yield at, Segment(n, (Piece(whole.destination, (n,), 0, (1,), to, (1,)),))
-            return
-        yield from self._walk(limit, _needed)
+        step = max(1, limit // self.itemsize) * self.itemsize if codec == "raw" else whole.nbytes
+        for at in range(0, whole.nbytes, step):
+            n, to = min(step, whole.nbytes - at), whole.dst_offset + at
+            yield at, Segment(n, (Piece(whole.destination, (n,), 0, (1,), to, (1,)),))
 
     def _walk(
         self,
         limit: int,
         cut: Callable[[int, list[Piece]], list[tuple[int, Segment]]],
     ) -> Iterator[tuple[int, Segment]]:
-        """Slab by slab, what `cut` makes of the slab's size and pieces, at its place in the chunk.
-
-        Slabs of one shape that lie wholly inside every destination differ by a shift only:
-        it is most of them, and far cheaper than to intersect boxes again.
-        """
+        """What `cut` makes of each slab (its size, its pieces), at its place in the chunk."""
         limit = max(1, min(limit, MAX_STAGED) // self.itemsize)
         src = _strides(self.chunk, self.itemsize)
         dst = {n: _strides(self.destinations[n].shape, self.itemsize) for n in self.numbers}
-        inside = [
-            all(
-                lo <= o and o + c <= hi
-                for lo, hi in (self.destinations[n].box[axis] for n in self.numbers)
-            )
-            for axis, (o, c) in enumerate(zip(self.origin, self.chunk, strict=True))
-        ]
-        first: dict[tuple[int, ...], tuple[Box, list[tuple[int, Segment]]]] = {}
+        alike: dict[tuple[int, ...], tuple[Box, list[tuple[int, Segment]]]] = {}
         for slab in slabs(self.chunk, limit):
             shape = tuple(b - a for a, b in slab)
             offset = sum(a * s for (a, _), s in zip(slab, src, strict=True))
-            if shape in first:
-                other, parts = first[shape]
-                shift = [a - b for (a, _), (b, _) in zip(slab, other, strict=True)]
-                for at, segment in parts:
-                    pieces = tuple(_moved(p, shift, dst[p.destination]) for p in segment.pieces)
-                    yield offset + at, Segment(segment.nbytes, pieces)
-                continue
-            nbytes = math.prod(shape) * self.itemsize
-            parts = cut(nbytes, _relative(self._pieces(slab), offset))
-            whole = [axis for axis, n in enumerate(shape) if n == self.chunk[axis]]
-            if all(inside[axis] or axis in whole for axis in range(len(shape))):
-                first[shape] = slab, parts
+            if shape in alike:
+                first, parts = alike[shape]
+                shift = [a - b for (a, _), (b, _) in zip(slab, first, strict=True)]
+                parts = [(at, _moved(segment, shift, dst)) for at, segment in parts]
+            else:
+                nbytes = math.prod(shape) * self.itemsize
+                parts = cut(nbytes, _relative(self._pieces(slab), offset))
+                cut_axes = [axis for axis, n in enumerate(shape) if n < self.chunk[axis]]
+                if all(self.inside[axis] for axis in cut_axes):
+                    alike[shape] = slab, parts
             for at, segment in parts:
                 yield offset + at, segment
 
@@ -271,20 +291,33 @@ def _needed(nbytes: int, pieces: list[Piece]) -> list[tuple[int, Segment]]:
     return parts
 
 
+def _everything(nbytes: int, pieces: list[Piece]) -> list[tuple[int, Segment]]:
+    return [(0, Segment(nbytes, tuple(pieces)))]
+
+
 def _relative(pieces: Sequence[Piece], start: int) -> list[Piece]:
     return [dataclasses.replace(p, src_offset=p.src_offset - start) for p in pieces]
 
 
-def _moved(piece: Piece, shift: Sequence[int], strides: Sequence[int]) -> Piece:
-    """The same copy out of a slab that lies `shift` elements further along each axis."""
-    by = sum(n * s for n, s in zip(shift, strides, strict=True))
-    return Piece(
-        piece.destination,
-        piece.shape,
-        piece.src_offset,
-        piece.src_strides,
-        piece.dst_offset + by,
-        piece.dst_strides,
+def _moved(segment: Segment, shift: Sequence[int], strides: Mapping[int, list[int]]) -> Segment:
+    """The same copies out of bytes that lie `shift` elements further along each axis.
+
+    Args:
+      strides: of each destination.
+    """
+    return Segment(
+        segment.nbytes,
+        tuple(
+            Piece(
+                p.destination,
+                p.shape,
+                p.src_offset,
+                p.src_strides,
+                p.dst_offset + sum(map(operator.mul, shift, strides[p.destination])),
+                p.dst_strides,
+            )
+            for p in segment.pieces
+        ),
     )
 
 

@@ -1,8 +1,10 @@
 """index -> plan -> allocate -> read -> arrays: the way every restore takes."""
 
 import dataclasses
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from jax.sharding import Sharding
 from jaxgds import arrays
 from jaxgds.engines import Engine, engine_for
 from jaxgds.index import StoredArray
-from jaxgds.plan import Read, make_plan
+from jaxgds.plan import Read, all_shards, make_plan
 from jaxgds.report import TransferReport
 
 
@@ -62,16 +64,19 @@ def restore(
       ValueError: a sharding does not fit its array's shape.
     """
     start = time.perf_counter()
-    plan = make_plan([(w.array, w.sharding) for w in wanted])
-    planned = time.perf_counter()
+    pairs = [(w.array, w.sharding) for w in wanted]
+    destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
-    dtypes_of = [dtypes[d.array] for d in plan.destinations]
-    allocation = arrays.Allocation(plan.destinations, dtypes_of)
+    allocation = arrays.Allocation(destinations, [dtypes[d.array] for d in destinations])
     buffers = allocation.buffers
     try:
         if engine is None:
             engine = engine_for({b.device for b in buffers})
-        engine.read(in_order(plan.reads, allocation.order), buffers)
+        with _collector_paused():
+            plan = make_plan(pairs, destinations=destinations)
+            reads = in_order(plan.reads, allocation.order)
+        planned = time.perf_counter()
+        engine.read(reads, buffers)
     finally:
         filled = allocation.arrays()
     read = time.perf_counter()
@@ -92,6 +97,18 @@ def restore(
         arrays=len(restored),
     )
     return restored, report
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Of thousands of small objects none is garbage; looking at them all takes longer than work."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def in_order(reads: Sequence[Read], order: Sequence[int]) -> list[Read]:
