@@ -11,8 +11,8 @@ driver := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>
 cuda := $(if $(driver),$(shell [ $(driver) -ge 580 ] && echo cuda13 || echo cuda12))
 
 # .venv holds the extras that a stamp is named after, as pyproject.toml now lists them.
-for_demo := .venv/installed-examples$(cuda:%=-%)
 for_dev := .venv/installed-dev-examples$(cuda:%=-%)
+for_demo := $(or $(wildcard $(for_dev)),.venv/installed-examples$(cuda:%=-%))
 
 help:
 	@echo 'make demo      restore a checkpoint, chat with a 4-bit KV cache, measure its perplexity'
