@@ -1,0 +1,258 @@
+"""Packed codes in shared memory -> levels in registers, laid out as the A operand of a wgmma.
+
+A wgmma contracts 16 slots at a time, and in each row gives four of them to each of four lanes:
+slots 2t, 2t+1, 2t+8, 2t+9 to lane t. The order of the contraction is free if both operands share
+it, so each lane reads a quarter of the row's bytes, contiguous, and takes four codes a step in
+the order in which they decode most cheaply: `prmt` looks four codes up in a table of e4m3 bytes,
+`cvt` makes two float16 of two bytes. `slots` says which code lies in which slot; the other
+operand is permuted to match, once, outside the loop over the pages.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels import codebook, packing
+
+
+inline: Any = plgpu.inline_mgpu  # jax types it as the undecorated function
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+ROWS = 64  # rows of a wgmma: a warp holds 16 of them, a lane rows g and g + 8 of its warp's
+
+
+def array(shape: tuple[int, ...], dtype, layout) -> plgpu.ShapeDtypeStruct:
+    """The type of an array that inlined code returns."""
+    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout)
+
+
+def _first_codes(bits: int, steps):
+    """The first of the four codes that a lane takes in each step (an int or an array)."""
+    if bits in (4, 8):  # consecutive codes
+        return 4 * steps
+    # Words of 16 fields of two bits: even codes (low half, high half), then odd ones.
+    return 16 * (steps // 4) + 8 * (steps % 2) + steps // 2 % 2
+
+
+def _code_step(bits: int) -> int:
+    return 1 if bits in (4, 8) else 2
+
+
+def slots(bits: int, n: int, xp=np):
+    """Which code of a row of n (a multiple of 64) each slot of the contraction holds, int [n]."""
+    slot = xp.arange(n)
+    step, place = slot // 16, slot % 16
+    lane, i = place % 8 // 2, place % 2 + 2 * (place // 8)
+    return lane * (n // 4) + _first_codes(bits, step) + _code_step(bits) * i
+
+
+def page_rows(value_bits: int, xp=np):
+    """Which token of 64 each row of K's tile holds, so that P's rows are V's slots, int [64]."""
+    return slots(value_bits, ROWS, xp)
+
+
+def tables(bits: int) -> np.ndarray:
+    """The codebook's e4m3 bytes as int32 [2], the `table` of `load_levels`.
+
+    The kernel reads them from memory: constants would be moved to a register for each `prmt`.
+    """
+    if bits == 8:
+        return np.zeros(2, np.int32)
+    levels = codebook.magnitudes(bits)
+    both = levels if bits == 4 else np.resize(np.concatenate([levels, -levels]), 8)
+    return both.astype(jnp.float8_e4m3fn).view(np.int32)
+
+
+def load_levels(
+    planes, table, bits: int, rows: int, n: int, *, rows_of: int | None = None, interpret: bool
+):
+    """Levels of packed rows in shared memory, float16 [rows, n], columns in slot order.
+
+    planes: uint8 refs of any shape that hold [rows, n * plane_bits / 8] contiguously. table: the
+    two words of `tables(bits)`. rows_of: value_bits whose `page_rows` orders the rows; None keeps
+    the order.
+    """
+    if interpret:
+        levels = _plain_levels([plane[...].reshape(rows, -1) for plane in planes], bits)
+        levels = levels[:, slots(bits, n, jnp)]
+        return levels if rows_of is None else levels[page_rows(rows_of, jnp)]
+
+    layout = plgpu.Layout.WGMMA
+
+    @inline(
+        arg_types=(tuple(plgpu.RefType() for _ in planes), (_SCALAR,) * len(table)),
+        return_type=array((rows, n), jnp.float16, layout),
+    )
+    def load(_, refs, table):
+        table = [x.registers.item() for x in table]
+        quad, lane = _row_of_thread(rows_of)
+        out = np.empty(layout.to_mgpu().registers_shape((rows, n)), object)
+        flat = out.reshape(rows // ROWS, n // 16, 2, 2)  # tile, step, column half, row half
+        for tile in range(rows // ROWS):
+            for half in range(2):
+                row = _add(quad, tile * ROWS + half * _half_step(rows_of))
+                words = [
+                    _load_words(ref, row, lane, n * width // 8)
+                    for ref, width in zip(refs, packing.plane_bits(bits), strict=True)
+                ]
+                for step, four in enumerate(_fours(bits, words, table)):
+                    flat[tile, step, :, half] = _two_halves(four)
+        return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return load(tuple(planes), tuple(table))
+
+
+def load_scales(ref, value_bits: int, *, interpret: bool):
+    """Scales of a page's 64 tokens in the order of `page_rows`, float32 [64], one per row."""
+    if interpret:
+        return ref[...].astype(jnp.float32)[page_rows(value_bits, jnp)]
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    @inline(
+        arg_types=(plgpu.RefType(),),
+        return_type=array((ROWS,), jnp.float32, layout),
+    )
+    def load(_, ref):
+        token, _ = _row_of_thread(value_bits)
+        out = np.empty(layout.to_mgpu().registers_shape((ROWS,)), object)
+        for half in range(2):
+            place = _add(token, half * _half_step(value_bits))
+            word = arith.extui(_i(32), _load(ref, arith.muli(place, _c(2)), _i(16), 2))
+            value = arith.bitcast(ir.F32Type.get(), arith.shli(word, _c(16)))
+            one = ir.VectorType.get((1,), ir.F32Type.get())
+            out.reshape(2)[half] = vector.broadcast(one, value)
+        return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return load(ref)
+
+
+def _row_of_thread(rows_of: int | None):
+    """The thread's first row and its lane t among the four of a row."""
+    thread = mgpu.utils.thread_idx()
+    warp = arith.andi(arith.shrui(thread, _c(5)), _c(3))
+    g = arith.andi(arith.shrui(thread, _c(2)), _c(7))
+    lane = arith.andi(thread, _c(3))
+    if rows_of is None:
+        return arith.addi(arith.muli(warp, _c(16)), g), lane
+    # page_rows(rows_of)[16 * warp + g]: a quarter of the tokens for each two of g.
+    if rows_of in (4, 8):
+        first = arith.muli(warp, _c(4))
+    else:
+        first = arith.addi(arith.muli(_and(warp, 1), _c(8)), arith.shrui(warp, _c(1)))
+    row = arith.addi(arith.muli(arith.shrui(g, _c(1)), _c(ROWS // 4)), first)
+    return arith.addi(row, arith.muli(_and(g, 1), _c(_code_step(rows_of)))), lane
+
+
+def _half_step(rows_of: int | None) -> int:
+    return 8 if rows_of is None else 2 * _code_step(rows_of)
+
+
+def _plain_levels(planes: list, bits: int):
+    """Levels of packed rows [rows, n], float16, in plain jnp without array constants."""
+
+    def fields(plane, width):
+        parts = [plane >> np.uint8(i) & np.uint8(2**width - 1) for i in range(0, 8, width)]
+        return jnp.stack(parts, axis=-1).reshape(plane.shape[0], -1)
+
+    if bits == 8:
+        return codebook.decode(planes[0], 8).astype(jnp.float16)
+    code = fields(planes[0], packing.plane_bits(bits)[0])
+    if bits == 3:
+        code |= fields(planes[1], 1) << np.uint8(2)
+    size = jnp.zeros(code.shape, jnp.float16)
+    for i, magnitude in enumerate(codebook.magnitudes(bits)):
+        size = jnp.where(code & np.uint8(2 ** (bits - 1) - 1) == i, jnp.float16(magnitude), size)
+    return jnp.where(code >> np.uint8(bits - 1) == 1, -size, size)
+
+
+def _load_words(ref, row, lane, row_bytes: int) -> list:
+    """A lane's quarter of a row, as 32-bit words (a quarter of 2 bytes: one word, zero above)."""
+    quarter = row_bytes // 4
+    offset = arith.addi(arith.muli(row, _c(row_bytes)), arith.muli(lane, _c(quarter)))
+    if quarter == 2:
+        return [arith.extui(_i(32), _load(ref, offset, _i(16), 2))]
+    if quarter == 4:
+        return [_load(ref, offset, _i(32), 4)]
+    words = []
+    for start in range(0, quarter, 16):
+        size = min(16, quarter - start)
+        loaded = _load(ref, _add(offset, start), ir.VectorType.get((size // 4,), _i(32)), size)
+        words += [llvm.extractelement(loaded, _c(i)) for i in range(size // 4)]
+    return words
+
+
+def _fours(bits: int, planes: list[list], table: list):
+    """32-bit words of four e4m3 bytes, in slot order."""
+    words = planes[0]
+    if bits == 8:
+        yield from words
+        return
+    low, high = table
+    if bits == 4:
+        for word in words:
+            index = _and(word, 0x77777777)
+            shifted = arith.shli(word, _c(4))
+            for i, signs in enumerate((0x5140, 0x7362)):  # bring each code's top bit to bit 7
+                size = _prmt(low, high, arith.shrui(index, _c(16)) if i else index)
+                yield arith.ori(size, _and(_prmt(shifted, word, _c(signs)), 0x80808080))
+        return
+    for i, word in enumerate(words):
+        for odd in range(2):
+            fields = _and(arith.shrui(word, _c(2)) if odd else word, 0x33333333)
+            for half in range(2):
+                four = _prmt(low, high, arith.shrui(fields, _c(16)) if half else fields)
+                if bits == 3:
+                    four = arith.ori(four, _signs(planes[1][i // 2], i % 2 * 16 + 8 * half + odd))
+                yield four
+
+
+def _signs(word, bit: int):
+    """Bits bit, bit+2, bit+4, bit+6 of `word` as the top bits of four bytes."""
+    spread = (1 << 7) + (1 << 13) + (1 << 19) + (1 << 25)  # bit 2i of the field reaches 8i + 7
+    field = _and(arith.shrui(word, _c(bit)) if bit else word, 0x55)
+    return _and(arith.muli(field, _c(spread)), 0x80808080)
+
+
+def _two_halves(four) -> list:
+    """Four e4m3 bytes -> two float16 pairs."""
+    pairs = llvm.inline_asm(
+        llvm.StructType.get_literal([_i(32)] * 2),
+        [four],
+        "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2;"
+        " cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }",
+        "=r,=r,r",
+        asm_dialect=0,
+    )
+    pair = ir.VectorType.get((2,), ir.F16Type.get())
+    return [llvm.bitcast(pair, llvm.extractvalue(_i(32), pairs, [i])) for i in range(2)]
+
+
+def _prmt(a, b, selector):
+    return llvm.inline_asm(
+        _i(32), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", asm_dialect=0
+    )
+
+
+def _load(ref, offset, dtype, alignment: int):
+    address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], _i(8))
+    return llvm.load(dtype, address, alignment=alignment)
+
+
+def _i(width: int):
+    return ir.IntegerType.get_signless(width)
+
+
+def _c(value: int):
+    return arith.constant(_i(32), ir.IntegerAttr.get(_i(32), value - (value >> 31 << 32)))
+
+
+def _add(value, constant: int):
+    return arith.addi(value, _c(constant)) if constant else value
+
+
+def _and(value, mask: int):
+    return arith.andi(value, _c(mask))

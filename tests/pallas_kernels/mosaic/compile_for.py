@@ -1,0 +1,51 @@
+"""Compile the decode kernel for a GPU that is not here: python compile_for.py TARGET OUT CASES.
+
+TARGET: a GpuTargetConfig in text form. OUT: an existing directory for the dumps. CASES: JSON, a
+list of [key_bits, value_bits, head_dim, group]; each leaves its dumps in OUT/<its index>.
+One process per target: jax's compile cache does not know the target.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+
+def compile_case(target: str, key_bits: int, value_bits: int, head_dim: int, group: int) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.experimental.mosaic.gpu import utils
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import pallas_kernels as pk
+    from pallas_kernels.mosaic import Config, decode_hopper
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
+    fmt = pk.KVFormat(key_bits, value_bits)
+    cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 8, 4096, 8, head_dim))
+    q = jax.ShapeDtypeStruct((8, 8, group, head_dim), jnp.float32)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (q, cache)
+    )
+    capability = mesh.devices.flat[0].compute_capability
+    arch = tuple(int(part) for part in capability.split("."))
+    # Without a GPU jax takes every target for (9, 0).
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        mock.patch.object(utils, "_infer_arch", lambda: arch),
+    ):
+        attend = jax.jit(lambda q, cache: decode_hopper.packed_attention(q, cache, Config()))
+        attend.lower(*arguments).compile()
+
+
+if __name__ == "__main__":
+    target, out, cases = Path(sys.argv[1]).read_text(), Path(sys.argv[2]), json.loads(sys.argv[3])
+    sys.path.insert(0, str(Path(__file__).parents[3]))
+    for i, case in enumerate(cases):
+        (out / str(i)).mkdir()
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(out / str(i))
+        compile_case(target, *case)

@@ -1,0 +1,36 @@
+"""The tunings, and the choice of splits."""
+
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.mosaic import Config
+
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "kernels"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_tunings_can_be_read(path):
+    assert Config.read(path) == Config(blocks=Config.read(path).blocks, stages=Config().stages)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "pages"), [(64, 512), (8, 2048), (1, 2048), (512, 512), (400, 512), (132, 64)]
+)
+def test_splits_fill_the_device(sequences, pages):
+    blocks = 528
+    splits = Config(blocks=blocks).splits_for(sequences, pages)
+    rounds = -(-sequences * splits // blocks)
+    assert sequences * splits >= 0.75 * rounds * blocks
+    assert splits == 1 or pages // splits >= 4
+
+
+def test_short_sequences_are_not_split():
+    assert Config().splits_for(64, 1) == Config().splits_for(1, 7) == 1
+
+
+@pytest.mark.parametrize("setting", ["splits", "blocks", "stages"])
+def test_settings_are_positive(setting):
+    with pytest.raises(ValueError, match=f"{setting}=0"):
+        Config(**{setting: 0})

@@ -1,0 +1,96 @@
+"""The Hopper decode kernel, interpreted and on a GPU, against the plain jax.numpy implementation.
+
+The interpreter runs the kernel but for the machine code that decodes codes in registers.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import mosaic
+
+
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+def interpret(request):
+    return request.param
+
+
+def attend_both(
+    interpret, fmt, lengths, group, head_dim, config, dtype=jnp.float32, table=None, kv_heads=1
+):
+    rng = np.random.default_rng(7)
+    batch, longest = len(lengths), max(lengths)
+    k = rng.standard_normal((batch, longest, kv_heads, head_dim))
+    k += 2 * rng.standard_normal((1, 1, kv_heads, head_dim))  # a mean for the key offset to take
+    v = rng.standard_normal(k.shape) * np.exp(2 * rng.standard_normal((*k.shape[:3], 1)))
+    cache = pk.KVCache.create(fmt, batch, longest, kv_heads, head_dim, page_table=table)
+    k, v = jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16)
+    cache = cache.append(k, v, jnp.asarray(lengths, jnp.int32))
+    q = jnp.asarray(2 * rng.standard_normal((batch, kv_heads * group, head_dim)), dtype)
+    got = mosaic.decode_attention(q, cache, config=config, interpret=interpret)
+    want = pk.decode_attention(q, cache, implementation="xla")
+    assert got.shape == want.shape and got.dtype == want.dtype
+    return np.asarray(got, np.float64), np.asarray(want, np.float64)
+
+
+def assert_close(got, want, tolerance=2e-3):
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "head_dim", "group"),
+    [(4, 4, 128, 8), (3, 4, 64, 3), (4, 3, 64, 1), (2, 8, 64, 16), (8, 2, 64, 4), (3, 3, 256, 8)],
+)
+def test_every_width_and_group(interpret, key_bits, value_bits, head_dim, group):
+    fmt = pk.KVFormat(key_bits, value_bits, window=3)
+    got, want = attend_both(
+        interpret, fmt, [4 + 3 + 2 * 64 + 5], group, head_dim, mosaic.Config(splits=1)
+    )
+    assert_close(got, want)
+
+
+def test_ragged_lengths_and_more_splits_than_pages(interpret):
+    fmt = pk.KVFormat(window=8)
+    lengths = [4 + 8 + 3 * 64, 4 + 8 + 64 + 1, 4 + 8 + 63, 2, 0]
+    got, want = attend_both(interpret, fmt, lengths, 2, 64, mosaic.Config(splits=2, stages=1))
+    assert not got[-1].any()
+    for one, other in zip(got[:-1], want[:-1], strict=True):  # no sequence hides in the others
+        assert_close(one, other)
+
+
+def test_pages_in_any_order_heads_and_bfloat16(interpret):
+    fmt = pk.KVFormat(window=0, sinks=0, key_offset=False)
+    table = jnp.asarray([[2, 0, 3], [5, 4, 1]], jnp.int32)
+    got, want = attend_both(
+        interpret,
+        fmt,
+        [192, 192],
+        2,
+        64,
+        mosaic.Config(splits=1, stages=2),
+        jnp.bfloat16,
+        table,
+        kv_heads=2,
+    )
+    assert_close(got, want, 2e-2)
+
+
+def test_overflowed_sequence_gives_nan(interpret):
+    fmt = pk.KVFormat(window=0, sinks=0)
+    cache = pk.KVCache.create(fmt, 2, 64, 1, 64)
+    lengths = jnp.asarray([64, 700], jnp.int32)
+    cache = type(cache)(**{**vars(cache), "lengths": lengths})
+    q = jnp.ones((2, 1, 64), jnp.float32)
+    out = np.asarray(mosaic.decode_attention(q, cache, interpret=interpret))
+    assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
+
+
+def test_what_the_kernel_cannot_do():
+    q = jnp.zeros((1, 17, 64))
+    cache = pk.KVCache.create(pk.KVFormat(page_size=128), 1, 256, 1, 64)
+    with pytest.raises(NotImplementedError, match="page_size=128"):
+        mosaic.decode_attention(q, cache)
+    cache = pk.KVCache.create(pk.KVFormat(), 1, 256, 1, 64)
+    with pytest.raises(NotImplementedError, match="16 times"):
+        mosaic.decode_attention(q, cache)
