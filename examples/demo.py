@@ -54,6 +54,8 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     restore.use_two_cpu_devices()
+    # The restores are processes beside this one: none of them may take a whole GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     folder = args.folder.resolve()
     home = folder / "smollm2"
 

@@ -54,6 +54,7 @@ def main() -> None:
     mesh = Mesh(jax.devices(), ("model",))
     _, target = abstract_model(config, mesh)
 
+    jax.device_put(np.zeros(8), mesh.devices[0]).block_until_ready()  # a GPU's context is there
     reset_peak()
     before, start = memory("VmRSS"), time.perf_counter()
     state = ocp.StandardCheckpointer().restore((args.path / args.checkpoint).resolve(), target)
