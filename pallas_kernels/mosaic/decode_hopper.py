@@ -162,7 +162,7 @@ def _kernel(
     k_table, v_table = ((tables[i], tables[i + 1]) for i in (0, 2))
 
     def step(i, carry):
-        (acc, total, shift, unit), page_ahead, slot = carry
+        (acc, total, shift, per_unit), page_ahead, slot = carry
         plgpu.barrier_wait(ready.at[slot])
         now = [tile.at[slot] for tile in tiles]
         k_tiles, k_scale, v_tiles, v_scale = (
@@ -180,7 +180,7 @@ def _kernel(
         k_scale = levels.load_scales(k_scale, value_bits, interpret=interpret) * key_scale
         v_scale = levels.load_scales(v_scale, value_bits, interpret=interpret)
         s = s * along_rows(k_scale)
-        v_scaled = v_scale * (1 / unit)
+        v_scaled = v_scale * per_unit
         weight = jnp.maximum(v_scaled, 1.0)
         p_now = p_s.at[lax.rem(i - first, 2)]
 
@@ -195,26 +195,26 @@ def _kernel(
 
         page_ahead = table[batch, jnp.minimum(i + stages + 1, last - 1)]
 
-        def adapt(acc, total, shift, unit, p):
+        def adapt(acc, total, shift, per_unit, p):
             del p
             largest = jnp.max(v_scale)
-            new_unit = jnp.where(largest > 0, largest, unit)
-            v_scaled = v_scale * (1 / new_unit)
+            new = jnp.where(largest > 0, 1 / largest, per_unit)
+            v_scaled = v_scale * new
             excess = along_rows(jnp.log2(jnp.maximum(v_scaled, 1.0)))
             raised = jnp.maximum(shift, col(jnp.max(s + excess, axis=0)))
             down = jnp.exp2(shift - raised)
             p = jnp.exp2(s - along_queries(raised))
             _store_transposed(p_now, p * along_rows(v_scaled), interpret)
             plgpu.commit_smem()
-            acc = acc * along_queries(down * (unit / new_unit), d)
-            return acc, total * along_queries(down), raised, new_unit, p
+            acc = acc * along_queries(down * (new / per_unit), d)
+            return acc, total * along_queries(down), raised, new, p
 
-        acc, total, shift, unit, p = lax.cond(
-            over != 0, adapt, lambda *x: x, acc, total, shift, unit, p
+        acc, total, shift, per_unit, p = lax.cond(
+            over != 0, adapt, lambda *x: x, acc, total, shift, per_unit, p
         )
         acc = _matmul(v, p_now, interpret, acc)
         slot = jnp.where(slot + 1 == stages, 0, slot + 1)
-        return (acc, total + p, shift, unit), page_ahead, slot
+        return (acc, total + p, shift, per_unit), page_ahead, slot
 
     page_ahead = table[batch, jnp.maximum(jnp.minimum(first + stages, last - 1), 0)]
     start = (
@@ -223,9 +223,9 @@ def _kernel(
         full((rows,), _LOWEST, plgpu.Layout.WGMMA.reduce(0)),
         jnp.float32(1),
     )
-    acc, total, shift, unit = lax.fori_loop(first, last, step, (start, page_ahead, 0))[0]
+    acc, total, shift, per_unit = lax.fori_loop(first, last, step, (start, page_ahead, 0))[0]
     total = col(jnp.sum(total, axis=0))
-    scaled = acc * along_queries(unit / jnp.maximum(total, 1e-30), d)
+    scaled = acc * along_queries(1 / (jnp.maximum(total, 1e-30) * per_unit), d)
     _store_result(out.at[batch, head, split], scaled, interpret)
     _store_lse(lse.at[batch, head, split], shift + jnp.log2(total), interpret)
 
