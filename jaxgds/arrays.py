@@ -148,20 +148,35 @@ def _narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
 def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]:
     """Program calls that allocate one array for each (shape, dtype) on its device.
 
-    A call has no device and no spec twice (equal calls would be merged by XLA), and as many calls
-    as possible are alike: compiling a program is what allocation costs, almost
-    whatever the number of its results.
+    Compiling a program is what allocation costs, almost whatever the number of its results. So
+    specs of which equally many arrays are wanted share one program, called again and again; and the
+    program with the most bytes comes first, for the others compile while those bytes are read.
+    A call has no spec twice on one device: XLA would merge them.
     """
     waiting: dict[_Spec, dict[jax.Device, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
         waiting[spec][device].append(i)
-    calls: dict[tuple[int, int, tuple[jax.Device, ...]], _Call] = {}
-    for number, (spec, queues) in enumerate(waiting.items()):
-        for k in range(max(map(len, queues.values()))):
-            batch = [queue[k] for queue in queues.values() if k < len(queue)]
-            key = k, number // MAX_RESULTS, tuple(devices[i] for i in batch)
-            calls.setdefault(key, {})[spec] = batch
-    return [calls[key] for key in sorted(calls, key=lambda key: key[:2])]
+    together: dict[tuple, list[_Spec]] = defaultdict(list)
+    for spec, queues in waiting.items():
+        together[tuple((device, len(queue)) for device, queue in queues.items())].append(spec)
+    programs: list[tuple[int, list[_Call]]] = []
+    for alike in together.values():
+        for some in itertools.batched(alike, MAX_RESULTS):
+            queues = [list(waiting[spec].values()) for spec in some]
+            calls = [
+                {
+                    spec: [q[k] for q in qs if k < len(q)]
+                    for spec, qs in zip(some, queues, strict=True)
+                }
+                for k in range(max(map(len, queues[0])))
+            ]
+            programs.append((sum(map(_call_nbytes, calls)), calls))
+    programs.sort(key=lambda program: -program[0])
+    return [call for _, calls in programs for call in calls]
+
+
+def _call_nbytes(call: _Call) -> int:
+    return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call.items())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,10 +15,11 @@ class TransferReport:
         one part of the machinery did (Orbax included); "orbax" if everything fell back.
       bytes_read: from storage by this process, encoded (a zstd checkpoint counts compressed).
       bytes_restored: of the arrays that jaxgds filled on this host, each distinct shard once.
-      seconds: of the whole call; index_seconds, plan_seconds, allocate_seconds and
-        read_seconds are parts of it.
+      seconds: of the whole call; index_seconds, plan_seconds and read_seconds are parts of it
+        (memory is allocated meanwhile).
       arrays: how many arrays jaxgds filled.
       fallbacks: array name -> why it was left to Orbax.
+      note: what else there is to know about the path; "" if nothing.
     """
 
     path: str
@@ -27,10 +28,10 @@ class TransferReport:
     seconds: float = 0.0
     index_seconds: float = 0.0
     plan_seconds: float = 0.0
-    allocate_seconds: float = 0.0
     read_seconds: float = 0.0
     arrays: int = 0
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, same names as the attributes, plus `gigabytes_per_second`."""

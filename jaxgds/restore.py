@@ -95,6 +95,7 @@ def restore(
         plan_seconds=planned - start,
         read_seconds=read - planned,
         arrays=len(restored),
+        note=engine.note,
     )
     return restored, report
 

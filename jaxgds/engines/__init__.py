@@ -6,6 +6,7 @@ from typing import Protocol
 
 import jax
 
+from jaxgds.engines import gds as gds
 from jaxgds.engines.host import HostEngine as HostEngine
 from jaxgds.engines.pinned import PinnedEngine as PinnedEngine
 from jaxgds.plan import Read
@@ -40,10 +41,13 @@ class Engine(Protocol):
     """Fills the buffers of a plan's destinations.
 
     Attributes:
-      path: what the report calls it: "gds", "pinned" or "host".
+      path: what the report calls it: "gds", "pinned" or "host"; "mixed" once gds left some reads
+        to pinned.
+      note: for the report: what else there is to know about the path; may be "".
     """
 
     path: str
+    note: str
 
     def read(self, reads: Sequence[Read], buffers: Sequence[Buffer]) -> None:
         """Carries out `reads`; `buffers[i]` is the memory of destination i.
@@ -73,7 +77,10 @@ def engine_for(devices: set[jax.Device], force: str | None = None) -> Engine:
     platforms = {device.platform for device in devices}
     if platforms == {"cpu"} and name in (None, "host"):
         return HostEngine()
-    if platforms == {"gpu"} and name in (None, "pinned"):
-        return PinnedEngine([device.local_hardware_id for device in devices])
+    if platforms == {"gpu"} and name != "host":
+        ordinals = sorted(device.local_hardware_id for device in devices)
+        if name == "gds" or (name is None and gds.missing() is None):
+            return gds.GdsEngine(ordinals, proof=name is None)
+        return PinnedEngine(ordinals)
     forced = f"no engine {name!r}" if name else "no engine"
     raise NotImplementedError(f"{forced} for {'+'.join(sorted(platforms))} devices")

@@ -55,6 +55,8 @@ _SIGNATURES = {
     "cuGetErrorName": [c_int, POINTER(c_char_p)],
     "cuGetErrorString": [c_int, POINTER(c_char_p)],
     "cuDeviceGet": [POINTER(c_int), c_int],
+    "cuDeviceGetCount": [POINTER(c_int)],
+    "cuDeviceGetUuid_v2": [c_char_p, c_int],
     "cuDeviceGetPCIBusId": [c_char_p, c_int, c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
     "cuCtxSetCurrent": [c_void_p],
@@ -151,6 +153,22 @@ def context(ordinal: int) -> int:
     call("cuDevicePrimaryCtxRetain", ctypes.byref(found), device)
     assert found.value
     return found.value
+
+
+def count() -> int:
+    """The number of GPUs."""
+    found = c_int()
+    driver()
+    call("cuDeviceGetCount", ctypes.byref(found))
+    return found.value
+
+
+def uuid(ordinal: int) -> bytes:
+    """The 16 bytes that tell GPU `ordinal` from all others."""
+    device, found = c_int(), ctypes.create_string_buffer(16)
+    call("cuDeviceGet", ctypes.byref(device), ordinal)
+    call("cuDeviceGetUuid_v2", found, device)
+    return found.raw
 
 
 def use(ordinal: int) -> None:

@@ -30,6 +30,7 @@ class HostEngine:
     """Reads into host memory; one thread per core, each with a small staging buffer."""
 
     path = "host"
+    note = ""
 
     def __init__(self, threads: int | None = None):
         self._threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))

@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
@@ -32,6 +32,7 @@ class PinnedEngine:
     """
 
     path = "pinned"
+    note = ""
 
     def __init__(self, ordinals: Sequence[int], ring: Ring | None = None):
         cuda.driver()
@@ -59,7 +60,7 @@ def _shared_ring(ordinals: tuple[int, ...]) -> Ring:
 
 
 class _Restore:
-    """The threads of one call of `read`."""
+    """One call of `read`."""
 
     def __init__(
         self,
@@ -73,42 +74,21 @@ class _Restore:
         self._files, self._direct_files = files, direct_files
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
         self._work = by_device(reads, self._ordinals)
-        self._failed: list[BaseException] = []
-        self._stop = False
 
     def run(self) -> None:
-        threads = [
-            threading.Thread(target=self._lane, args=(lane, ordinal), name="jaxgds")
-            for lane, ordinal in self._ring.lanes(sorted(self._work))
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException:  # Ctrl-C: leave no thread behind that writes into the buffers
-            self._stop = True
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
-        if self._failed:
-            raise self._failed[0]
+        lanes = self._ring.lanes(sorted(self._work))
+        run_threads([functools.partial(self._lane, lane, ordinal) for lane, ordinal in lanes])
 
-    def _lane(self, lane: Lane, home: int) -> None:
+    def _lane(self, lane: Lane, home: int, stop: threading.Event) -> None:
+        near(home)
+        lane.open(home)
         try:
-            near(home)
-            lane.open(home)
-            try:
-                for read in self._todo(home):
-                    if self._stop:
-                        break
-                    self._carry_out(read, lane)
-            finally:
-                lane.drain()
-        except BaseException as e:
-            self._failed.append(e)
-            self._stop = True
+            for read in self._todo(home):
+                if stop.is_set():
+                    break
+                self._carry_out(read, lane)
+        finally:
+            lane.drain()
 
     def _todo(self, home: int) -> Iterator[Read]:
         """The reads for GPU `home`, then what the other GPUs' lanes have not begun."""
@@ -173,12 +153,56 @@ class _Restore:
                     scratch = lane.scratch(ordinal, segment.nbytes)
                     cuda.submit("cuMemcpyHtoDAsync_v2", scratch, src, segment.nbytes, stream)
                     src, on_device = scratch, True
-                for piece in pieces:
-                    dst = self._buffers[piece.destination].pointer
-                    for box in boxes(piece):
-                        cuda.copy_box(box, src, dst, stream, on_device=on_device)
+                copy_pieces(pieces, src, self._buffers, stream, on_device=on_device)
             finally:
                 lane.release(slot, ordinal)
+
+
+def copy_pieces(
+    pieces: Sequence[Piece],
+    src: int,
+    buffers: Sequence["Buffer"],
+    stream: int,
+    *,
+    on_device: bool,
+) -> None:
+    """Queues the copies of pieces of a segment that lies at address `src`."""
+    for piece in pieces:
+        dst = buffers[piece.destination].pointer
+        for box in boxes(piece):
+            cuda.copy_box(box, src, dst, stream, on_device=on_device)
+
+
+def run_threads(targets: Sequence[Callable[[threading.Event], None]]) -> None:
+    """Runs each target on a thread; on the first failure tells all to stop, joins, and raises it.
+
+    Args:
+      targets: each takes the event that tells it to stop.
+    """
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def run(target: Callable[[threading.Event], None]) -> None:
+        try:
+            target(stop)
+        except BaseException as e:
+            failed.append(e)
+            stop.set()
+
+    threads = [threading.Thread(target=run, args=(t,), name="jaxgds") for t in targets]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C: leave no thread behind that writes into the buffers
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        raise
+    if failed:
+        raise failed[0]
 
 
 def ordinal_of(buffer: "Buffer") -> int:

@@ -1,7 +1,10 @@
-"""The parts of the GPU engines that need no GPU: boxes, file reads, lane counts, selection."""
+"""The parts of the GPU engines that need no GPU: boxes, file reads, counters, selection."""
 
+import json
 import mmap
 import os
+import struct
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,12 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgds.engines import HostEngine, cuda, engine_for
+from jaxgds.engines.gds import MIN_READ, unfit, windows
+from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
 from jaxgds.engines.posix import BLOCK, DirectFiles
 from jaxgds.engines.ring import MAX_PINNED, lane_count
 from jaxgds.engines.strided import boxes
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
-from jaxgds.plan import make_plan
+from jaxgds.plan import Piece, Read, Segment, make_plan
 from jaxgds.zarr import Layout
 
 
@@ -174,3 +179,90 @@ def test_the_engine_is_chosen_by_platform_and_by_force(monkeypatch):
     monkeypatch.setenv("JAXGDS_ENGINE", "gds")
     with pytest.raises(NotImplementedError, match="'gds' for cpu"):
         engine_for(cpu)
+
+
+@given(st.integers(0, 1000), st.integers(1, 1000), st.integers(1, 300))
+def test_windows_cover_the_range_and_cross_no_multiple(offset, nbytes, limit):
+    parts = list(windows(offset, nbytes, limit))
+    assert [at for at, _ in parts] == [offset, *(at + n for at, n in parts)][:-1]
+    assert sum(n for _, n in parts) == nbytes
+    assert all(n > 0 and at // limit == (at + n - 1) // limit for at, n in parts)
+
+
+@pytest.mark.parametrize(
+    "codec, nbytes, destinations, expected",
+    [
+        ("raw", MIN_READ, (0,), None),
+        ("raw", MIN_READ, (0, 2), None),
+        ("raw", MIN_READ - 1, (0,), "small"),
+        ("raw", MIN_READ, (0, 1), "several GPUs"),
+        ("zstd", MIN_READ, (0,), "zstd"),
+    ],
+)
+def test_reads_for_cufile(codec, nbytes, destinations, expected):
+    pieces = tuple(Piece(d, (1,), 0, (1,), 0, (1,)) for d in destinations)
+    read = Read("w", Extent("file", 7, nbytes), codec, (Segment(nbytes, pieces),))
+    why = unfit(read, ordinals=[0, 1, 0])
+    assert why is None if expected is None else why is not None and expected in why
+
+
+NVIDIA_FS_STATS = """GDS Version: 1.7.0.149
+NVFS statistics(ver: 4.0)
+IO stats: Enabled, peer IO stats: Enabled
+
+Active Shadow-Buffer (MiB): 0
+Reads\t\t\t\t: n=12 ok=11 err=1 readMiB=8 io_state_err=0
+Reads\t\t\t\t: Bandwidth(MiB/s)=0 Avg-Latency(usec)=0
+Sparse Reads\t\t\t: n=0 io=0 holes=0 pages=0
+Writes\t\t\t\t: n=5 ok=5 err=0 writeMiB=1 io_state_err=0 pg-cache=0
+"""
+
+
+@pytest.mark.parametrize("text, count", [(NVIDIA_FS_STATS, 11), ("", 0), ("Reads : off", 0)])
+def test_the_counter_of_nvidia_fs(text, count):
+    assert nvidia_fs_reads(text) == count
+
+
+@pytest.mark.parametrize("before", [0, 1000, 1208])
+def test_the_counters_of_cufile_are_found_by_uuid(before):
+    """Whatever an older or newer cuFile puts in front of them."""
+    uuids = [bytes(range(16)), bytes(range(16, 32))]
+    gpus = [
+        uuid + struct.pack("<30Q", 1, 2, 3, 4, 100, *ways, *range(22))
+        for uuid, ways in zip(uuids, [(7, 20, 300), (1, 2, 3)], strict=True)
+    ]
+    stats = b"\xff" * before + b"".join(gpus)
+    assert reads_by_gpu(stats, uuids) == {"p2p": 8, "nvfs": 22, "posix": 303}
+    assert reads_by_gpu(stats, uuids[1:]) == {"p2p": 1, "nvfs": 2, "posix": 3}
+    assert reads_by_gpu(stats, [b"g" * 16]) == {"p2p": 0, "nvfs": 0, "posix": 0}
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "cufile").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
+def test_shipped_cufile_configurations(file):
+    """Whole blocks, as cuFile demands, and every value has its reason in the README beside it."""
+    config = json.loads(file.read_text())
+    reasons = file.with_name("README.md").read_text()
+
+    def values(part, keys=()):
+        for key, value in part.items():
+            if isinstance(value, dict):
+                yield from values(value, (*keys, key))
+            else:
+                yield ".".join((*keys, key)), value
+
+    for name, value in values(config):
+        assert f"`{name}`" in reasons, name
+        if name.endswith("_size_kb"):
+            assert value % 64 == 0, name
+    properties = config["properties"]
+    staged = 8 * (16 * 1024 + 8)  # of one restore on one GPU, in KiB
+    assert properties["max_device_pinned_mem_size_kb"] > (
+        properties["max_device_cache_size_kb"] + staged
+    )
+
+
+def test_configurations_are_shipped():
+    assert [f.name for f in CONFIGS] == ["lustre.json", "nvme.json"]

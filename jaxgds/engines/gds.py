@@ -1,0 +1,310 @@
+"""GPUDirect Storage through kvikio and cuFile: files -> device memory, past the CPU's memory.
+
+cuFile moves whole blocks of 4 KiB, and into memory that is registered with it; it registers whole
+allocations, and XLA's arrays all lie in one that may fill the GPU. So reads go to a
+small registered staging buffer per thread, widened to whole blocks, and one copy on the device,
+at some hundred times the storage's rate, takes what is wanted to where it belongs.
+"""
+
+# kvikio is optional.
+# pyright: reportMissingImports=false
+
+import functools
+import importlib.util
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxgds.engines import cuda
+from jaxgds.engines.gds_proof import direct_reads, start_counting
+from jaxgds.engines.gds_proof import missing as missing
+from jaxgds.engines.host import direct, truncated
+from jaxgds.engines.pinned import PinnedEngine, copy_pieces, ordinal_of, run_threads
+from jaxgds.engines.posix import BLOCK
+from jaxgds.engines.ring import near
+from jaxgds.errors import CheckpointError
+from jaxgds.index import Extent
+from jaxgds.plan import Read
+
+
+if TYPE_CHECKING:
+    from jaxgds.engines import Buffer
+
+
+THREADS_PER_GPU = 8
+# What cuFile transfers at once by default (max_direct_io_size_kb).
+WINDOW = 16 << 20
+# For less, cuFile costs more than it saves.
+MIN_READ = 64 << 10
+NVIDIA_FS = "/proc/driver/nvidia-fs"
+
+
+class GdsEngine:
+    """Raw reads onto one GPU go through cuFile, the others the pinned way.
+
+    Args:
+      ordinals: the GPUs.
+      proof: use cuFile only for files of which it is proven that it moves them directly; otherwise
+        its compatibility mode will do, which reads by way of host memory, and `note` says so.
+
+    Raises:
+      NotImplementedError: kvikio is not installed.
+    """
+
+    def __init__(self, ordinals: Sequence[int], *, proof: bool):
+        if importlib.util.find_spec("kvikio") is None:
+            raise NotImplementedError(
+                "the gds engine needs kvikio: install jaxgds[cuda13] or [cuda12]"
+            )
+        self.path, self.note = "gds", ""
+        self._ordinals, self._proof = ordinals, proof
+
+    def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
+        start_counting()
+        before = direct_reads()
+        mine, others, why = self._share_out(reads, [ordinal_of(buffer) for buffer in buffers])
+        if any(mine.values()):
+            with _Files() as files:
+                run_threads(
+                    [
+                        functools.partial(_work, ordinal, todo, buffers, files)
+                        for ordinal, todo in ((o, iter(r)) for o, r in mine.items())
+                        for _ in range(min(THREADS_PER_GPU, len(mine[ordinal])))
+                    ]
+                )
+            if direct_reads() == before:
+                why.append("cuFile counted no direct read: it ran in its compatibility mode")
+        if others:
+            PinnedEngine(self._ordinals).read(others, buffers)
+            self.path = "mixed" if any(mine.values()) else "pinned"
+        self.note = "; ".join(dict.fromkeys(why))
+
+    def _share_out(
+        self, reads: Sequence[Read], ordinals: Sequence[int]
+    ) -> tuple[dict[int, list[Read]], list[Read], list[str]]:
+        """(reads through cuFile of each GPU, the other reads, why they are)."""
+        mine: dict[int, list[Read]] = defaultdict(list)
+        others: list[Read] = []
+        why: list[str] = []
+        for read in reads:
+            reason = unfit(read, ordinals)
+            if reason is None and self._proof:
+                assert isinstance(read.source, Extent)
+                reason = unproven(read.source.file, self._ordinals[0])
+            if reason is None:
+                mine[next(gpus(read, ordinals))].append(read)
+            else:
+                others.append(read)
+                why.append(reason)
+        return mine, others, why
+
+
+def unfit(read: Read, ordinals: Sequence[int]) -> str | None:
+    """Why a read is none for cuFile; None if it is one.
+
+    Args:
+      ordinals: of each destination, the GPU.
+    """
+    if read.codec != "raw":
+        return f"{read.codec} data is decoded on the CPU"
+    if read.source_nbytes < MIN_READ:
+        return "small reads are faster without cuFile"
+    if len(set(gpus(read, ordinals))) > 1:
+        return "what several GPUs take parts of is read once, into host memory"
+    return None
+
+
+def gpus(read: Read, ordinals: Sequence[int]) -> Iterator[int]:
+    return (ordinals[p.destination] for s in read.segments for p in s.pieces)
+
+
+def windows(offset: int, nbytes: int, limit: int = WINDOW) -> Iterator[tuple[int, int]]:
+    """Cuts a range of a file at multiples of `limit`: (offset, bytes) of each part."""
+    stop = offset + nbytes
+    while offset < stop:
+        end = min(stop, (offset // limit + 1) * limit)
+        yield offset, end - offset
+        offset = end
+
+
+def _work(
+    ordinal: int,
+    todo: Iterator[Read],
+    buffers: Sequence["Buffer"],
+    files: "_Files",
+    stop: threading.Event,
+) -> None:
+    near(ordinal)
+    cuda.use(ordinal)
+    staging = _Staging(WINDOW)
+    try:
+        for read in todo:
+            if stop.is_set():
+                break
+            _carry_out(read, buffers, files, staging)
+            # The copy takes a hundredth of the read's time: to overlap them gains nothing.
+            cuda.call("cuStreamSynchronize", staging.stream)
+    finally:
+        staging.close()
+
+
+def _carry_out(
+    read: Read, buffers: Sequence["Buffer"], files: "_Files", staging: "_Staging"
+) -> None:
+    source = read.source
+    assert isinstance(source, Extent)
+    (segment,) = read.segments
+    file = files.open(source.file, read.array)
+    if source.offset + source.nbytes > file.nbytes:
+        raise truncated(source, read.array, source.offset + source.nbytes - file.nbytes)
+    whole = direct(segment)
+    if whole is None:
+        start = file.stage(source.offset, source.nbytes, staging)
+        copy_pieces(segment.pieces, start, buffers, staging.stream, on_device=True)
+        return
+    dst = buffers[whole.destination].pointer + whole.dst_offset - source.offset
+    for offset, nbytes in windows(source.offset, source.nbytes):
+        if not (offset % BLOCK or nbytes % BLOCK or (dst + offset) % BLOCK):
+            file.read(offset, nbytes, dst + offset)
+            continue
+        cuda.call("cuStreamSynchronize", staging.stream)
+        start = file.stage(offset, nbytes, staging)
+        cuda.call("cuMemcpyDtoDAsync_v2", dst + offset, start, nbytes, staging.stream)
+
+
+class _Staging:
+    """Device memory that is registered with cuFile, and the stream of the copies out of it."""
+
+    def __init__(self, nbytes: int):
+        import kvikio
+
+        self.stream = cuda.stream()
+        self.nbytes = nbytes + 2 * BLOCK
+        self._allocated = cuda.allocate(self.nbytes + BLOCK)
+        self.pointer = -(-self._allocated // BLOCK) * BLOCK
+        try:
+            kvikio.memory_register(_Memory(self.pointer, self.nbytes))
+        except BaseException:
+            cuda.free(self._allocated)
+            raise
+
+    def close(self) -> None:
+        import kvikio
+
+        cuda.call("cuStreamSynchronize", self.stream)
+        kvikio.memory_deregister(_Memory(self.pointer, self.nbytes))  # must precede the release
+        cuda.free(self._allocated)
+        cuda.call("cuStreamDestroy_v2", self.stream)
+
+
+class _Memory:
+    """Device memory as kvikio takes it."""
+
+    def __init__(self, pointer: int, nbytes: int):
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+class _File:
+    """A file that is open for cuFile."""
+
+    def __init__(self, path: str, array: str):
+        import kvikio
+
+        self._path, self._array = path, array
+        self.nbytes = os.stat(path).st_size
+        self._file: Any = kvikio.CuFile(path, "r")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def stage(self, offset: int, nbytes: int, staging: _Staging) -> int:
+        """Reads the blocks that hold a range; returns the address of its first byte."""
+        start = offset // BLOCK * BLOCK
+        stop = min(-(-(offset + nbytes) // BLOCK) * BLOCK, self.nbytes)
+        self.read(start, stop - start, staging.pointer)
+        return staging.pointer + offset - start
+
+    def read(self, offset: int, nbytes: int, pointer: int) -> None:
+        try:
+            n = self._file.raw_read(_Memory(pointer, nbytes), nbytes, offset, 0)
+        except (RuntimeError, OSError) as e:
+            raise CheckpointError(
+                f"{self._path}: array {self._array!r}: cuFile cannot read "
+                f"[{offset}, {offset + nbytes}): {e}; JAXGDS_ENGINE=pinned reads without cuFile"
+            ) from e
+        if n < nbytes:
+            raise truncated(Extent(self._path, offset, nbytes), self._array, nbytes - n)
+
+
+class _Files:
+    """Files opened once each, and read by many threads at once."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, _File] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def open(self, path: str, array: str) -> _File:
+        with self._lock:
+            if path not in self._files:
+                try:
+                    self._files[path] = _File(path, array)
+                except (RuntimeError, OSError) as e:
+                    raise CheckpointError(
+                        f"{path}: array {array!r}: cannot be opened for cuFile: {e}"
+                    ) from e
+            return self._files[path]
+
+
+def unproven(file: str, ordinal: int) -> str | None:
+    """Why it is not proven that cuFile reads the file system of `file` directly; None if it is."""
+    try:
+        return _unproven(os.stat(file).st_dev, ordinal, file)
+    except OSError:
+        return None  # whoever reads it says what is wrong
+
+
+_tried: dict[tuple[int, int], str | None] = {}
+_trying = threading.Lock()
+
+
+def _unproven(device: int, ordinal: int, file: str) -> str | None:
+    with _trying:
+        if (device, ordinal) not in _tried:
+            _tried[device, ordinal] = _try(file, ordinal)
+        return _tried[device, ordinal]
+
+
+def _try(file: str, ordinal: int) -> str | None:
+    """Reads one window of `file` and looks whether cuFile counts it as a direct one."""
+    folder = os.path.dirname(file)
+    try:
+        cuda.use(ordinal)
+        start_counting()
+        staging = _Staging(WINDOW)
+        try:
+            before = direct_reads()
+            with _Files() as files:
+                opened = files.open(file, "")
+                opened.read(0, min(WINDOW, opened.nbytes), staging.pointer)
+        finally:
+            staging.close()
+    except (CheckpointError, RuntimeError, OSError) as e:
+        return f"cuFile cannot read from {folder}: {e}"
+    if direct_reads() == before:
+        return f"cuFile reads {folder} in its compatibility mode"
+    return None

@@ -1,0 +1,269 @@
+"""The engines for GPUs on a real one: every byte in its place, and damage reported."""
+
+import importlib.util
+import os
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import orbax.checkpoint as ocp
+import pytest
+import zstandard
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxgds.orbax
+from jaxgds.arrays import Allocation
+from jaxgds.engines import PinnedEngine, gds
+from jaxgds.engines.ring import Ring
+from jaxgds.errors import CheckpointError
+from jaxgds.index import Extent, StoredArray
+from jaxgds.plan import make_plan
+from jaxgds.zarr import Layout
+
+
+GPUS = [d for d in jax.devices() if d.platform == "gpu"]
+KVIKIO = importlib.util.find_spec("kvikio") is not None
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="no GPU")]
+
+needs_kvikio = pytest.mark.skipif(not KVIKIO, reason="kvikio is not installed")
+ENGINES = ["pinned", pytest.param("gds", marks=needs_kvikio)]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    monkeypatch.setenv("JAXGDS_ENGINE", request.param)
+    return request.param
+
+
+@pytest.fixture
+def leaks_nothing():
+    """Threads, file descriptors and the GPU's free memory after the test are those before it."""
+
+    def held():
+        return {t.name for t in threading.enumerate()}, sorted(os.listdir("/proc/self/fd"))
+
+    PinnedEngine([GPUS[0].local_hardware_id])  # the shared ring is kept on purpose
+    for thread in threading.enumerate():
+        if thread.name == "jaxgds-pin":
+            thread.join()
+    before = held()
+    yield
+    assert held() == before
+
+
+def stored(folder, data: np.ndarray, chunk, codec="raw", gap=13) -> StoredArray:
+    """Chunks in one file, none of them aligned, with other bytes in between."""
+    layout = Layout(data.shape, data.dtype, chunk, chunk, codec, False, "", ".")  # type: ignore
+    file, values, blob = str(folder / "data.bin"), {}, [b"x" * gap]
+    at = gap
+    for index in np.ndindex(*(n // c for n, c in zip(data.shape, chunk, strict=True))):
+        where = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))
+        encoded = data[where].tobytes()
+        if codec == "zstd":
+            encoded = zstandard.ZstdCompressor(level=1).compress(encoded)
+        values[f"w/{'.'.join(map(str, index))}"] = Extent(file, at, len(encoded))
+        blob += [encoded, b"x" * gap]
+        at += len(encoded) + gap
+    with open(file, "wb") as f:
+        f.write(b"".join(blob))
+    return StoredArray("w", layout, values)
+
+
+def one() -> SingleDeviceSharding:
+    return SingleDeviceSharding(GPUS[0])
+
+
+def restored(array: StoredArray, sharding, engine) -> list[tuple[tuple, np.ndarray]]:
+    """(box, content) of every shard."""
+    plan = make_plan([(array, sharding)])
+    allocation = Allocation(plan.destinations, [array.layout.dtype] * len(plan.destinations))
+    try:
+        engine.read(plan.reads, allocation.buffers)
+    finally:
+        arrays = allocation.arrays()
+    boxes = [d.box for d in plan.destinations]
+    return [(box, np.asarray(a)) for box, a in zip(boxes, arrays, strict=True)]
+
+
+def numbers(*shape: int, dtype=np.int32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+
+
+@pytest.mark.parametrize("threads, slots", [(1, 1), (1, 2), (5, 3)])
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_ring_of_any_size(tmp_path, leaks_nothing, codec, threads, slots):
+    """Chunks longer than a slot, and more slots' worth than there are slots."""
+    data = numbers(3000, 3001)
+    ring = Ring(threads, slots, 4 << 20)
+    try:
+        for _ in range(3):
+            array = stored(tmp_path, data, (1500, 3001), codec)
+            ((_, got),) = restored(array, one(), PinnedEngine([0], ring))
+            np.testing.assert_array_equal(got, data)
+    finally:
+        ring.close()
+
+
+SCATTERED = {
+    "columns": ((512, 4096), (512, 512), np.int16),
+    "narrow columns": ((40_000, 64), (40_000, 2), np.int16),
+    "single bytes": ((30_000, 8), (30_000, 1), np.int8),
+    "blocks": ((2048, 2048), (256, 512), np.float32),
+    "three axes": ((64, 48, 96), (16, 24, 32), np.float32),
+    "five axes": ((4, 6, 8, 10, 12), (2, 3, 4, 5, 6), np.float64),
+    "long rows": ((64, 1 << 17), (64, 1 << 16), np.int32),
+}
+
+
+@pytest.mark.parametrize("case", SCATTERED)
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_scattered_chunks(tmp_path, leaks_nothing, name, codec, case):
+    shape, chunk, dtype = SCATTERED[case]
+    data = numbers(*shape, dtype=dtype)
+    ordinal = GPUS[0].local_hardware_id
+    engine = PinnedEngine([ordinal]) if name == "pinned" else gds.GdsEngine([ordinal], proof=False)
+    with jax.enable_x64(True):
+        ((_, got),) = restored(stored(tmp_path, data, chunk, codec), one(), engine)
+    np.testing.assert_array_equal(got, data)
+
+
+def everything() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    floats = rng.normal(size=(96, 1024)).astype(np.float32)
+    dtypes = ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "complex64"]
+    return {
+        **{name: floats.astype(jnp.dtype(name)) for name in dtypes},
+        "bool": floats > 0,
+        "int4": rng.integers(-8, 8, (96, 64)).astype(jnp.int4),
+        "uint8": rng.integers(0, 256, (1 << 16,)).astype(np.uint8),
+        "scalar": np.float32(2.5),
+        "odd": rng.normal(size=(77, 13, 5)).astype(np.float32),
+        "large": rng.normal(size=(2048, 4096)).astype(np.float32),
+    }
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(True, False, False), (True, False, True), (False, True, False)],
+    ids=oracle.format_id,
+)
+def checkpoint(request, tmp_path_factory):
+    """Saved from columns on eight CPU devices, so that one GPU must put rows together again."""
+    mesh = Mesh(np.array(jax.devices("cpu")), ("x",))
+
+    def place(x):
+        columns = x.ndim == 2 and x.shape[1] % mesh.size == 0
+        return jax.device_put(x, NamedSharding(mesh, P(None, "x") if columns else P()))
+
+    folder = tmp_path_factory.mktemp("gpu") / "item"
+    return oracle.save(folder, jax.tree.map(place, everything()), request.param)
+
+
+def target(sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x))
+        for name, x in everything().items()
+    }
+
+
+def stock(path, tree):
+    args = ocp.args.PyTreeRestore(
+        item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=args)
+
+
+def test_onto_one_gpu(checkpoint, engine):
+    tree = target(lambda x: one())
+    ours = jaxgds.load(checkpoint, tree, strict=True)
+    oracle.assert_same(ours, stock(checkpoint, tree))
+    assert (
+        oracle.last_report().path
+        in {"pinned": ["pinned"], "gds": ["gds", "mixed", "pinned"]}[engine]
+    )
+
+
+@pytest.mark.skipif(len(GPUS) < 2, reason="one GPU")
+@pytest.mark.parametrize("axes", [("x",), (None, "x"), ()])
+def test_onto_two_gpus(checkpoint, engine, axes):
+    mesh = Mesh(np.array(GPUS[:2]), ("x",))
+
+    def sharding(x):
+        fits = len(axes) <= x.ndim and all(
+            n % 2 == 0 for n, a in zip(x.shape, axes, strict=False) if a
+        )
+        return NamedSharding(mesh, P(*axes) if fits else P())
+
+    tree = target(sharding)
+    oracle.assert_same(jaxgds.load(checkpoint, tree, strict=True), stock(checkpoint, tree))
+
+
+@needs_kvikio
+def test_the_report_does_not_claim_more_than_cufile_counted(tmp_path, monkeypatch):
+    """Large enough for cuFile, aligned to nothing."""
+    tree = {"w": numbers(1 << 20), "v": numbers(3, 1 << 18)}
+    path = oracle.save(tmp_path / "item", jax.tree.map(jnp.asarray, tree), (True, False, False))
+    for forced in ("gds", None):
+        if forced:
+            monkeypatch.setenv("JAXGDS_ENGINE", forced)
+        else:
+            monkeypatch.delenv("JAXGDS_ENGINE")
+        before = gds.direct_reads()
+        ours = jaxgds.load(path, strict=True)
+        for name, x in tree.items():
+            np.testing.assert_array_equal(np.asarray(ours[name]), x)
+        report, direct = oracle.last_report(), gds.direct_reads() > before
+        if forced:
+            assert report.path == "gds"
+            assert ("compatibility mode" in report.note) != direct
+        else:
+            assert (report.path == "gds") == direct
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_truncated_file(tmp_path, leaks_nothing, name):
+    data = numbers(2000, 2000)
+    array = stored(tmp_path, data, (500, 2000))
+    file = tmp_path / "data.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) * 2 // 3])
+    ordinal = GPUS[0].local_hardware_id
+    engine = PinnedEngine([ordinal]) if name == "pinned" else gds.GdsEngine([ordinal], proof=False)
+    with pytest.raises(CheckpointError, match=r"data\.bin.*'w'.*bytes are missing"):
+        restored(array, one(), engine)
+    file.write_bytes(whole)
+    ((_, got),) = restored(array, one(), engine)
+    np.testing.assert_array_equal(got, data)
+
+
+def test_damaged_zstd(tmp_path, leaks_nothing):
+    array = stored(tmp_path, numbers(2000, 2000), (500, 2000), "zstd")
+    file = tmp_path / "data.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"data\.bin.*'w'"):
+        restored(array, one(), PinnedEngine([GPUS[0].local_hardware_id]))
+
+
+def test_a_failed_allocation_stops_the_reads(tmp_path, leaks_nothing):
+    """What the readers wait for never comes, and they end."""
+    array = stored(tmp_path, numbers(1000, 1000), (500, 1000))
+    plan = make_plan([(array, one())])
+    allocation = Allocation(plan.destinations, [np.dtype(np.int32)])
+    allocation.arrays()
+
+    def fail() -> int:
+        raise MemoryError("no memory for this array")
+
+    engine = PinnedEngine([GPUS[0].local_hardware_id])
+    allocation.buffers[0]._pointer = fail
+    with pytest.raises(MemoryError, match="no memory"):
+        engine.read(plan.reads, allocation.buffers)
