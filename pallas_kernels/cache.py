@@ -8,8 +8,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, BFloat16, Float, Int32, UInt8
 
-from pallas_kernels import codebook, packing
-from pallas_kernels.codec import encode
+from pallas_kernels import packing
+from pallas_kernels.codec import encode, levels
 from pallas_kernels.format import KVFormat, check_head_dim
 from pallas_kernels.rotation import unrotate
 
@@ -162,17 +162,15 @@ class KVCache:
 
     @jax.jit
     def _dequantize(self) -> tuple[Array, Array]:
-        k = codebook.decode(
-            packing.unpack(tuple(p[self.page_table] for p in self.k_planes), self.fmt.key_bits),
-            self.fmt.key_bits,
+        fmt = self.fmt
+        k = levels(tuple(plane[self.page_table] for plane in self.k_planes), fmt.key_bits)
+        v = levels(tuple(plane[self.page_table] for plane in self.v_planes), fmt.value_bits)
+        k = self._packed_tokens(k, self.k_scale, self.key_offset)
+        v = self._packed_tokens(v.swapaxes(-1, -2), self.v_scale, jnp.zeros_like(self.key_offset))
+        return (
+            self._all_tokens(k, self.sink_k, self.recent_k),
+            self._all_tokens(v, self.sink_v, self.recent_v),
         )
-        v = codebook.decode(
-            packing.unpack(tuple(p[self.page_table] for p in self.v_planes), self.fmt.value_bits),
-            self.fmt.value_bits,
-        )
-        k = self._place(k, self.k_scale, self.sink_k, self.recent_k, self.key_offset)
-        v = self._place(v.swapaxes(-1, -2), self.v_scale, self.sink_v, self.recent_v, None)
-        return k, v
 
     # Compiled as a whole also when called from code that is not traced.
     @jax.jit
@@ -185,31 +183,30 @@ class KVCache:
             **self._write_ring(k, v, total),
         )
 
-    def _place(self, levels, scale, sinks, recent, offset):
-        """Packed levels [batch, pages_per_seq, kv_heads, page_size, head_dim] -> all tokens."""
-        scale = scale[self.page_table][..., None].astype(jnp.float32)
-        packed = unrotate(levels, self.fmt.seed) * scale
-        if offset is not None:
-            packed += offset[:, None, :, None, :]
-        packed = packed.transpose(0, 1, 3, 2, 4).reshape(
-            packed.shape[0], -1, packed.shape[2], packed.shape[4]
-        )
-        t = jnp.arange(self.max_len, dtype=jnp.int32)
-        s = jnp.maximum(t - self.fmt.sinks, 0)
-        parts = (
-            jnp.take(packed, s, axis=1, mode="clip"),
-            jnp.take(recent.swapaxes(1, 2), s % self.fmt.ring_slots, axis=1),
-            jnp.pad(sinks.swapaxes(1, 2), ((0, 0), (0, 1), (0, 0), (0, 0))),
-        )
-        packed, recent = parts[0], parts[1].astype(jnp.float32)
-        sinks = jnp.take(parts[2], t, axis=1, mode="clip").astype(jnp.float32)
+    def _packed_tokens(self, rotated: Array, pool: Array, offset: Array) -> Array:
+        """[batch, pages, kv_heads, page_size, head_dim] -> [batch, tokens, kv_heads, head_dim]."""
+        scale = pool[self.page_table][..., None].astype(jnp.float32)
+        x = unrotate(rotated, self.fmt.seed) * scale + offset[:, None, :, None]
+        return x.swapaxes(2, 3).reshape(x.shape[0], -1, x.shape[2], x.shape[4])
 
-        def mask(x):
-            return jnp.broadcast_to(x[..., None, None], packed.shape)
+    def _all_tokens(self, packed: Array, sink: Array, recent: Array) -> Array:
+        """Every position from where its token lies, [batch, max_len, kv_heads, head_dim]."""
+        t = jnp.arange(self.max_len, dtype=jnp.int32)[None]
+        s = t - self.fmt.sinks
 
-        x = jnp.where(mask(s[None] < self.packed_lengths[:, None]), packed, recent)
-        x = jnp.where(mask(jnp.broadcast_to(t < self.fmt.sinks, x.shape[:2])), sinks, x)
-        return jnp.where(mask(t[None] < self.lengths[:, None]), x, 0.0)
+        def take(x, slots):
+            slots = jnp.broadcast_to(slots, (x.shape[0], self.max_len))[..., None, None]
+            return jnp.take_along_axis(x, slots, axis=1, mode="clip").astype(jnp.float32)
+
+        def where(condition, x, y):
+            condition = jnp.broadcast_to(condition, x.shape[:2])[..., None, None]
+            return jnp.where(condition, x, y)
+
+        x = take(recent.swapaxes(1, 2), s % self.fmt.ring_slots)
+        x = where(s < self.packed_lengths[:, None], take(packed, s), x)
+        if self.fmt.sinks:
+            x = where(s < 0, take(sink.swapaxes(1, 2), t), x)
+        return where(t < self.lengths[:, None], x, 0.0)
 
     def _write_sinks(self, k: Array, v: Array, total: Array) -> dict[str, Array]:
         if self.fmt.sinks == 0:

@@ -76,8 +76,9 @@ def _quantize(x: Array, bits: int, seed: int, scale_mode: ScaleMode) -> Quantize
 
 @jax.jit
 def _dequantize(code: Quantized) -> Array:
-    levels = codebook.decode(packing.unpack(code.codes, code.bits), code.bits)
-    return unrotate(levels, code.seed) * code.scale[..., None].astype(jnp.float32)
+    return unrotate(levels(code.codes, code.bits), code.seed) * code.scale[..., None].astype(
+        jnp.float32
+    )
 
 
 def encode(
@@ -99,13 +100,18 @@ def encode(
     if scale_mode == "norm":
         scale = norm / sigma
     else:
-        levels = codebook.decode(codes, bits)
+        nearest = codebook.decode(codes, bits)
         if scale_mode == "eden":
-            scale = norm * norm / _dot(y, levels)
+            scale = norm * norm / _dot(y, nearest)
         else:
-            scale = norm / jnp.sqrt(_dot(levels, levels))
+            scale = norm / jnp.sqrt(_dot(nearest, nearest))
     scale = jnp.where(zero, 0.0, jnp.where(finite, largest * scale, jnp.nan))
     return codes, scale.astype(jnp.bfloat16)
+
+
+def levels(planes: tuple[UInt8[Array, "*batch _"], ...], bits: int) -> Float[Array, "*batch n"]:
+    """Levels of packed codes, float32."""
+    return codebook.decode(packing.unpack(planes, bits), bits)
 
 
 def _dot(a: Array, b: Array) -> Array:

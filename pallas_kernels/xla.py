@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import codebook, packing
 from pallas_kernels.cache import KVCache
+from pallas_kernels.codec import levels
 from pallas_kernels.rotation import rotate, unrotate
 
 
@@ -94,27 +94,25 @@ def _packed(q: Array, cache: KVCache) -> _Softmax:
         def scales(pool):  # [batch, kv_heads, tokens, 1]
             return load(pool).reshape(batch, kv_heads, tokens, 1).astype(jnp.float32)
 
-        k = _levels(tuple(map(load, cache.k_planes)), fmt.key_bits)
+        k = levels(tuple(map(load, cache.k_planes)), fmt.key_bits)
         k = k.reshape(batch, kv_heads, tokens, head_dim)
         scores = _dot("bktd,bkrd->bktr", k, q_rotated) * scales(cache.k_scale) + q_offset
         p, largest, total = _exponentials(scores, valid)
         # Masked after the scale: a page that is not this sequence's may hold anything.
         weights = jnp.where(valid[:, None], p * scales(cache.v_scale), 0.0)
-        v = _levels(tuple(map(load, cache.v_planes)), fmt.value_bits)
+        v = levels(tuple(map(load, cache.v_planes)), fmt.value_bits)
         weights = weights.reshape(batch, kv_heads, pages, size, rows)
         out = _dot("bkpdt,bkptr->bkpdr", v, weights).sum(axis=2)
         return _merge(state, _Softmax(largest, total, out))
 
     nothing = jnp.zeros((batch, kv_heads, rows), jnp.float32)
-    empty = _Softmax(nothing + _LOWEST, nothing, jnp.zeros((*q.shape[:2], head_dim, rows)))
+    empty = _Softmax(
+        nothing + _LOWEST, nothing, jnp.zeros((*q.shape[:2], head_dim, rows), jnp.float32)
+    )
     blocks = jnp.minimum(-(-jnp.max(packed) // tokens), table.shape[1] // pages)
     state = jax.lax.fori_loop(0, blocks, block, empty)
     out = unrotate(state.out.swapaxes(-1, -2), fmt.seed).swapaxes(-1, -2)
     return state._replace(out=out)
-
-
-def _levels(planes: tuple[Array, ...], bits: int) -> Array:
-    return codebook.decode(packing.unpack(planes, bits), bits)
 
 
 def _exponentials(scores: Array, valid: Array) -> tuple[Array, Array, Array]:

@@ -10,17 +10,18 @@ from pallas_kernels.rotation import signs
 
 
 BITS = (2, 3, 4, 8)
+BITS_AND_MODES = [(2, "eden"), (3, "norm"), (4, "norm_preserving"), (8, "norm_preserving")]
 HEAD_DIMS = (64, 128, 256)
 BF16_ROUNDING = 2**-8  # of a scale, the only inexact thing a vector stores
 
 
 def gaussian(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def relative_error(x, quantized):
+def relative_error(x, restored):
     """Squared error of each vector by its squared norm, float64."""
-    x, restored = np.asarray(x, np.float64), np.asarray(quantized.dequantize(), np.float64)
+    x, restored = np.asarray(x, np.float64), np.asarray(restored, np.float64)
     return np.sum((restored - x) ** 2, axis=-1) / np.sum(x**2, axis=-1)
 
 
@@ -28,14 +29,13 @@ def relative_error(x, quantized):
 @pytest.mark.parametrize("bits", BITS)
 def test_distortion_is_as_computed(bits, d):
     errors = [
-        relative_error(x, pk.quantize(x, bits, scale_mode="norm"))
+        relative_error(x, pk.quantize(x, bits, scale_mode="norm").dequantize())
         for x in (jnp.asarray(gaussian(20_000, d, seed=i)) for i in range(5))
     ]
     assert np.mean(errors) == pytest.approx(pk.distortion(bits, d), rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["norm_preserving", "norm", "eden"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "mode"), BITS_AND_MODES)
 def test_agrees_with_float64_arithmetic(bits, mode):
     d, seed = 128, 5
     x = gaussian(500, d) * np.exp(gaussian(500, 1, seed=1))
@@ -65,14 +65,6 @@ def test_agrees_with_float64_arithmetic(bits, mode):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_norm_preserving_keeps_the_norm(bits):
-    x = gaussian(5000, 64)
-    restored = np.asarray(pk.quantize(jnp.asarray(x), bits).dequantize(), np.float64)
-    ratio = np.linalg.norm(restored, axis=-1) / np.linalg.norm(x.astype(np.float64), axis=-1)
-    np.testing.assert_allclose(ratio, 1, atol=BF16_ROUNDING)
-
-
-@pytest.mark.parametrize("bits", BITS)
 def test_eden_keeps_the_inner_product_of_every_vector(bits):
     x = gaussian(5000, 128)
     restored = pk.quantize(jnp.asarray(x), bits, scale_mode="eden").dequantize()
@@ -96,12 +88,15 @@ def adversarial(d):
     }
 
 
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("bits", BITS)
-def test_adversarial_vectors(bits, d):
+def test_adversarial_vectors_keep_their_norm_and_a_small_error(bits, d):
     kinds = adversarial(d)
     x = np.concatenate(list(kinds.values()))
-    errors = relative_error(x, pk.quantize(jnp.asarray(x), bits))
+    restored = np.asarray(pk.quantize(jnp.asarray(x), bits).dequantize(), np.float64)
+    norms = (np.linalg.norm(vectors, axis=-1) for vectors in (restored, x.astype(np.float64)))
+    np.testing.assert_allclose(*norms, rtol=BF16_ROUNDING)
+    errors = relative_error(x, restored)
     ends = np.cumsum([len(vectors) for vectors in kinds.values()])
     means = {
         kind: part.mean() for kind, part in zip(kinds, np.split(errors, ends[:-1]), strict=True)
@@ -110,8 +105,7 @@ def test_adversarial_vectors(bits, d):
     assert means["one-hot"] < BF16_ROUNDING**2  # but for the scale's rounding, exact
 
 
-@pytest.mark.parametrize("mode", ["norm_preserving", "norm", "eden"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "mode"), BITS_AND_MODES)
 def test_zeros_stay_zeros_and_damage_stays_visible(bits, mode):
     x = np.stack([gaussian(64)] * 5)
     x[1] = 0

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,6 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import packing
+
+
+pack = jax.jit(packing.pack, static_argnums=1)
+unpack = jax.jit(packing.unpack, static_argnums=1)
 
 
 @settings(deadline=None)  # an example with a new shape compiles
@@ -16,10 +21,10 @@ def test_round_trip(data):
     count = int(np.prod(batch)) * n
     raw = data.draw(st.binary(min_size=count, max_size=count))
     codes = np.frombuffer(raw, np.uint8).reshape(*batch, n) & np.uint8(2**bits - 1)
-    planes = packing.pack(jnp.asarray(codes), bits)
+    planes = pack(jnp.asarray(codes), bits)
     assert sum(plane.size for plane in planes) * 8 == codes.size * bits
     assert all(plane.dtype == jnp.uint8 and plane.shape[:-1] == batch for plane in planes)
-    np.testing.assert_array_equal(packing.unpack(planes, bits), codes)
+    np.testing.assert_array_equal(unpack(planes, bits), codes)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from pallas_kernels.rotation import rotate, signs, unrotate
+from pallas_kernels import rotation
+from pallas_kernels.rotation import signs
 
 
+rotate = jax.jit(rotation.rotate, static_argnums=1)
+unrotate = jax.jit(rotation.unrotate, static_argnums=1)
 HEAD_DIMS = (64, 128, 256)
 # Philox4x64-10's first raw outputs: a cache written today must still be read tomorrow.
 GOLDEN = [
