@@ -259,6 +259,7 @@ def copy_box(box: Box, src: int, dst: int, stream: int, *, on_device: bool) -> N
     submit("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
 
 
+@functools.cache
 def near_cpus(ordinal: int) -> set[int] | None:
     """The CPUs on the NUMA node of GPU `ordinal`; None where there is one node, or none known."""
     device, text = c_int(), (c_char * 32)()

@@ -40,6 +40,7 @@ class Lane:
     """
 
     def __init__(self, slots: int, slot_bytes: int, streams: "Streams"):
+        """`streams` may be shared with other lanes."""
         self.slot_bytes = slot_bytes
         self._count, self._streams = slots, streams
         self._memory: cuda.Pinned | None = None
@@ -49,11 +50,10 @@ class Lane:
         self._current: int | None = None
         self._opening = threading.Lock()
 
-    def open(self, ordinal: int) -> None:
-        """Pins the slots (once), and makes GPU `ordinal` current for the calling thread."""
+    def pin(self, ordinal: int) -> None:
+        """Pins the slots, on whatever thread calls first; GPU `ordinal` becomes its current one."""
         cuda.use(ordinal)
         with self._opening:
-            self._current = ordinal
             if not self._slots:
                 nbytes = self.slot_bytes + MARGIN
                 memory = self._memory = cuda.Pinned(self._count * nbytes)
@@ -63,6 +63,12 @@ class Lane:
                 ]
                 for slot in self._slots:
                     slot.events[ordinal] = cuda.event()
+                self._streams.at(ordinal)
+
+    def open(self, ordinal: int) -> None:
+        """Hands the lane to the calling thread."""
+        self.pin(ordinal)
+        self._current = ordinal
 
     def slot(self) -> Slot:
         """The slot that was used longest ago, free again."""
@@ -77,7 +83,7 @@ class Lane:
         if self._current != ordinal:
             cuda.use(ordinal)
             self._current = ordinal
-        return self._streams[ordinal]
+        return self._streams.at(ordinal)
 
     def copy(self, slot: Slot, at: int, dst: int, nbytes: int, ordinal: int) -> None:
         """Queues a copy from `slot`, and frees it once that is done."""
@@ -90,7 +96,7 @@ class Lane:
         event = slot.events.get(ordinal)
         if event is None:
             event = slot.events[ordinal] = cuda.event()
-        cuda.submit("cuEventRecord", event, self._streams[ordinal])
+        cuda.submit("cuEventRecord", event, self._streams.at(ordinal))
         slot.pending.append(event)
 
     def scratch(self, ordinal: int, nbytes: int) -> int:
@@ -98,7 +104,7 @@ class Lane:
         pointer, have = self._scratch.get(ordinal, (0, 0))
         if have < nbytes:
             if have:
-                cuda.call("cuStreamSynchronize", self._streams[ordinal])
+                cuda.call("cuStreamSynchronize", self._streams.at(ordinal))
                 cuda.free(pointer)
                 del self._scratch[ordinal]
             pointer = cuda.allocate(nbytes)
@@ -128,22 +134,31 @@ class Lane:
             self._memory = None
 
 
-class Streams(dict[int, int]):
-    """GPU -> the one stream that all lanes share; made when it is first asked for.
+class Streams:
+    """A stream on each GPU, made when it is first asked for, for several lanes.
 
     There is one way to the device, which one stream fills as well as many, and each
-    stream takes milliseconds to make. The GPU must be current.
+    stream takes milliseconds to make.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        self._made: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def __missing__(self, ordinal: int) -> int:
-        with self._lock:
-            if ordinal not in self:
-                self[ordinal] = cuda.stream()
-            return self[ordinal]
+    def at(self, ordinal: int) -> int:
+        """The stream on GPU `ordinal`, which must be current."""
+        stream = self._made.get(ordinal)
+        if stream is None:
+            with self._lock:
+                stream = self._made.get(ordinal) or cuda.stream()
+                self._made[ordinal] = stream
+        return stream
+
+    def close(self) -> None:
+        for ordinal, stream in self._made.items():
+            cuda.use(ordinal)
+            cuda.call("cuStreamDestroy_v2", stream)
+        self._made.clear()
 
 
 class Ring:
@@ -162,7 +177,8 @@ class Ring:
         self.busy = threading.Lock()
         self.slot_bytes = slot_bytes
         self._threads, self._slots = threads, slots
-        self._streams = Streams()
+        # Two, so that one copies to the device while the other scatters there.
+        self._streams = (Streams(), Streams())
         self._lanes: list[Lane] = []
         self._growing = threading.Lock()
 
@@ -171,31 +187,29 @@ class Ring:
         count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
         with self._growing:
             while len(self._lanes) < count:
-                self._lanes.append(Lane(self._slots, self.slot_bytes, self._streams))
+                streams = self._streams[len(self._lanes) // 2 % 2]
+                self._lanes.append(Lane(self._slots, self.slot_bytes, streams))
             lanes = self._lanes[:count]
         return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(lanes)]
 
     def warm(self, ordinals: list[int]) -> None:
         """Begins to pin, in the background; whoever needs a lane before it is ready waits."""
         for lane, ordinal in self.lanes(ordinals):
-            threading.Thread(target=_open, args=(lane, ordinal), name="jaxgds-pin").start()
+            threading.Thread(target=_pin, args=(lane, ordinal), name="jaxgds-pin").start()
 
     def close(self) -> None:
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
-        for ordinal, stream in self._streams.items():
-            cuda.use(ordinal)
-            cuda.call("cuStreamDestroy_v2", stream)
-        self._streams.clear()
+        for streams in self._streams:
+            streams.close()
 
 
-def _open(lane: Lane, ordinal: int) -> None:
+def _pin(lane: Lane, ordinal: int) -> None:
     near(ordinal)
     try:
-        lane.open(ordinal)
-        lane.stream(ordinal)
-    except cuda.CudaError:
+        lane.pin(ordinal)
+    except (cuda.CudaError, OSError):
         pass  # the thread that needs the lane meets the same error, and reports it
 
 
