@@ -153,16 +153,9 @@ def _half_step(rows_of: int | None) -> int:
 
 def _plain_levels(planes: list, bits: int):
     """Levels of packed rows [rows, n], float16, in plain jnp without array constants."""
-
-    def fields(plane, width):
-        parts = [plane >> np.uint8(i) & np.uint8(2**width - 1) for i in range(0, 8, width)]
-        return jnp.stack(parts, axis=-1).reshape(plane.shape[0], -1)
-
     if bits == 8:
         return codebook.decode(planes[0], 8).astype(jnp.float16)
-    code = fields(planes[0], packing.plane_bits(bits)[0])
-    if bits == 3:
-        code |= fields(planes[1], 1) << np.uint8(2)
+    code = packing.unpack(tuple(planes), bits)
     size = jnp.zeros(code.shape, jnp.float16)
     for i, magnitude in enumerate(codebook.magnitudes(bits)):
         size = jnp.where(code & np.uint8(2 ** (bits - 1) - 1) == i, jnp.float16(magnitude), size)
@@ -170,11 +163,16 @@ def _plain_levels(planes: list, bits: int):
 
 
 def _load_words(ref, row, lane, row_bytes: int) -> list:
-    """A lane's quarter of a row, as 32-bit words (a quarter of 2 bytes: one word, zero above)."""
+    """A lane's quarter of a row, as 32-bit words.
+
+    A quarter of 2 bytes are signs, which two lanes' 32 codes share a word for: the second lane's
+    lie two bits higher.
+    """
     quarter = row_bytes // 4
     offset = arith.addi(arith.muli(row, _c(row_bytes)), arith.muli(lane, _c(quarter)))
     if quarter == 2:
-        return [arith.extui(_i(32), _load(ref, offset, _i(16), 2))]
+        word = _load(ref, _and(offset, ~3), _i(32), 4)
+        return [arith.shrui(word, arith.muli(_and(lane, 1), _c(2)))]
     if quarter == 4:
         return [_load(ref, offset, _i(32), 4)]
     words = []
@@ -196,25 +194,20 @@ def _fours(bits: int, planes: list[list], table: list):
         for word in words:
             index = _and(word, 0x77777777)
             shifted = arith.shli(word, _c(4))
-            for i, signs in enumerate((0x5140, 0x7362)):  # bring each code's top bit to bit 7
+            for i, signs in enumerate((word, shifted)):
                 size = _prmt(low, high, arith.shrui(index, _c(16)) if i else index)
-                yield arith.ori(size, _and(_prmt(shifted, word, _c(signs)), 0x80808080))
+                yield arith.ori(size, _and(signs, 0x80808080))
         return
     for i, word in enumerate(words):
         for odd in range(2):
             fields = _and(arith.shrui(word, _c(2)) if odd else word, 0x33333333)
+            if bits == 3:  # the sign is the third bit of the look-up
+                signs, bit = planes[1][i // 2], 2 * (i % 2) + odd
+                shift = arith.shli if bit < 2 else arith.shrui
+                signs = shift(signs, _c(abs(2 - bit))) if bit != 2 else signs
+                fields = arith.ori(fields, _and(signs, 0x44444444))
             for half in range(2):
-                four = _prmt(low, high, arith.shrui(fields, _c(16)) if half else fields)
-                if bits == 3:
-                    four = arith.ori(four, _signs(planes[1][i // 2], i % 2 * 16 + 8 * half + odd))
-                yield four
-
-
-def _signs(word, bit: int):
-    """Bits bit, bit+2, bit+4, bit+6 of `word` as the top bits of four bytes."""
-    spread = (1 << 7) + (1 << 13) + (1 << 19) + (1 << 25)  # bit 2i of the field reaches 8i + 7
-    field = _and(arith.shrui(word, _c(bit)) if bit else word, 0x55)
-    return _and(arith.muli(field, _c(spread)), 0x80808080)
+                yield _prmt(low, high, arith.shrui(fields, _c(16)) if half else fields)
 
 
 def _two_halves(four) -> list:
@@ -247,7 +240,9 @@ def _i(width: int):
 
 
 def _c(value: int):
-    return arith.constant(_i(32), ir.IntegerAttr.get(_i(32), value - (value >> 31 << 32)))
+    return arith.constant(
+        _i(32), ir.IntegerAttr.get(_i(32), (value & 0xFFFFFFFF) - (value >> 31 & 1) * 2**32)
+    )
 
 
 def _add(value, constant: int):
