@@ -12,6 +12,9 @@ from pallas_kernels.cache import KVCache, valid_counts
 
 type Implementation = Literal["xla", "mosaic_gpu"]
 
+# What None means. To be chosen by the device, once the kernels' GPU tests (make test-gpu) pass.
+_DEFAULT: Implementation = "xla"
+
 
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
@@ -22,12 +25,17 @@ def decode_attention(
     """Attention of each sequence's newest token, already appended, over the whole cache.
 
     q_heads is a multiple of the cache's kv_heads (grouped queries); scale: of the scores, default
-    head_dim**-0.5; implementation: default the fastest that the machine has.
+    head_dim**-0.5; implementation: "mosaic_gpu" is the kernel for Hopper GPUs, None the default.
     Returns q's shape and dtype: zeros for an empty sequence, NaN for one that overflowed.
-    Raises ValueError for arguments that do not fit, NotImplementedError for an implementation
-    that the machine does not have.
+    Raises ValueError for arguments that do not fit, NotImplementedError (with the reason) where
+    "mosaic_gpu" cannot run: on this device, with this page_size or so many queries a KV head.
     """
     _check("q [batch, q_heads, head_dim]", q, 3, cache, implementation)
+    if (implementation or _DEFAULT) == "mosaic_gpu":
+        from pallas_kernels import mosaic  # only where it is used: it takes a second to import
+
+        mosaic.require_hopper(q)
+        return mosaic.decode_attention(q, cache, scale)
     rows = _rows(q[:, None], cache, scale)
     return _queries(xla.attend(rows, cache), q[:, None])[:, 0]
 
@@ -48,6 +56,8 @@ def prefill_attention(
     bf16, as the cache stores them. Otherwise as `decode_attention`.
     """
     _check("q [batch, new, q_heads, head_dim]", q, 4, cache, implementation)
+    if implementation == "mosaic_gpu":
+        raise NotImplementedError(f'{implementation=} has no prefill kernel; use "xla" or None')
     cache.check_new(k, v)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"{q.shape=} and {k.shape=} differ in the number of new tokens")
@@ -74,9 +84,7 @@ def _check(name: str, q: Array, ndim: int, cache: KVCache, implementation: str |
         raise ValueError(f"{name} has {q.shape=}: q_heads is not a multiple of {kv_heads=}")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"{q.dtype=} is not a floating-point type")
-    if implementation == "mosaic_gpu":
-        raise NotImplementedError(f'{implementation=} is not available yet; use "xla" or None')
-    if implementation not in (None, "xla"):
+    if implementation not in (None, "xla", "mosaic_gpu"):
         raise ValueError(f'{implementation=} is not "xla", "mosaic_gpu" or None')
 
 

@@ -6,6 +6,7 @@ from functools import cache as memoize
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from pallas_kernels import rotation
@@ -57,6 +58,22 @@ def decode_attention(
     out /= jnp.where(total == 0, 1.0, total)[..., None]
     overflowed = (cache.lengths > cache.max_len)[:, None, None]
     return jnp.where(overflowed, jnp.nan, out.reshape(q.shape)).astype(q.dtype)
+
+
+def require_hopper(x: Array) -> None:
+    """Raises NotImplementedError unless `x` is, or if it is traced will be, on a Hopper GPU."""
+    if isinstance(x, Tracer):
+        default = jax.config.jax_default_device
+        devices = jax.devices(default) if isinstance(default, str) else [default]
+        device = devices[0] or jax.local_devices()[0]
+    else:
+        device = min(x.devices(), key=lambda device: device.id)
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or capability != "9.0":
+        raise NotImplementedError(
+            f"the kernel is for Hopper GPUs (compute capability 9.0), not for "
+            f'{device.device_kind} ({device.platform}, {capability}); use implementation="xla"'
+        )
 
 
 def _exact(

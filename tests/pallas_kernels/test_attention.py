@@ -199,9 +199,3 @@ def keys(*shape) -> tuple[jax.Array, jax.Array]:
 def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call(pk.KVCache.create(pk.KVFormat(), 2, 16, 2, 64))
-
-
-def test_mosaic_gpu_is_not_there_yet():
-    cache = pk.KVCache.create(pk.KVFormat(), 1, 16, 2, 64)
-    with pytest.raises(NotImplementedError, match="not available yet"):
-        pk.decode_attention(zeros(1, 2, 64), cache, implementation="mosaic_gpu")

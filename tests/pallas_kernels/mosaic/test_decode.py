@@ -3,6 +3,9 @@
 The interpreter runs the kernel but for the machine code that decodes codes in registers.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,3 +97,31 @@ def test_what_the_kernel_cannot_do():
     cache = pk.KVCache.create(pk.KVFormat(), 1, 256, 1, 64)
     with pytest.raises(NotImplementedError, match="16 times"):
         mosaic.decode_attention(q, cache)
+
+
+def test_the_kernel_is_asked_for_by_name():
+    """On the CPU, under jit or not, the reason is the device; prefill has no kernel anywhere."""
+    cache = pk.KVCache.create(pk.KVFormat(), 1, 256, 1, 64)
+    q = jax.device_put(jnp.zeros((1, 2, 64)), jax.local_devices(backend="cpu")[0])
+    attend = partial(pk.decode_attention, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"Hopper.*not for cpu"):
+        attend(q, cache)
+    with jax.default_device("cpu"), pytest.raises(NotImplementedError, match="Hopper"):
+        jax.jit(attend)(q, cache)
+    kv = jnp.zeros((1, 1, 1, 64))
+    with pytest.raises(NotImplementedError, match="no prefill kernel"):
+        pk.prefill_attention(q[:, None], kv, kv, cache, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+def test_the_kernel_runs_through_the_public_function():
+    if getattr(jax.local_devices()[0], "compute_capability", None) != "9.0":
+        pytest.skip("the kernel is for Hopper GPUs")
+    rng = np.random.default_rng(3)
+    cache = pk.KVCache.create(pk.KVFormat(), 2, 1024, 2, 128)
+    k, v = (jnp.asarray(rng.standard_normal((2, 700, 2, 128)), jnp.bfloat16) for _ in range(2))
+    cache = cache.append(k, v)
+    q = jnp.asarray(rng.standard_normal((2, 16, 128)), jnp.float32)
+    got = jax.jit(partial(pk.decode_attention, implementation="mosaic_gpu"))(q, cache)
+    want = pk.decode_attention(q, cache, implementation="xla")
+    assert_close(np.asarray(got, np.float64), np.asarray(want, np.float64))
