@@ -1,5 +1,6 @@
-# make demo, make test: what they need goes into .venv when it is first needed.
-.PHONY: help demo test test-gpu lint clean
+# make demo, make test: what they need goes into .venv when it is first needed (test-aot's into
+# .venv-aot).
+.PHONY: help demo test test-gpu test-aot lint clean
 .DEFAULT_GOAL := help
 
 bin := .venv/bin
@@ -18,6 +19,7 @@ help:
 	@echo 'make demo      restore a checkpoint, chat with a 4-bit KV cache, measure its perplexity'
 	@echo 'make test      the tests that need no GPU'
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
+	@echo 'make test-aot  compile the GPU kernels without a GPU and check the machine code (1.5 GB)'
 	@echo 'make lint      ruff and pyright'
 	@echo 'make clean     remove .venv, the downloads and the caches'
 
@@ -30,13 +32,16 @@ test: $(for_dev)
 test-gpu: $(for_dev)
 	$(bin)/python -m pytest -m gpu
 
+test-aot: .venv-aot/installed-aot
+	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic
+
 lint: $(for_dev)
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/pyright
 
 clean:
-	rm -rf .venv .demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot .demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A virtual environment that works is kept; otherwise it is made by the first Python >= 3.12 that
@@ -45,9 +50,9 @@ recent = -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
 pythons = "$(PYTHON)" python3.12 python3.13 python3.14 python3 \
 	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3
 
-.venv/installed-%: pyproject.toml
+define install
 	@set -e; \
-	if ! { $(bin)/python $(recent) && $(bin)/python -m pip --version >/dev/null 2>&1; }; then \
+	if ! { $(@D)/bin/python $(recent) && $(@D)/bin/python -m pip --version >/dev/null 2>&1; }; then \
 		python=; \
 		for candidate in $(pythons); do \
 			if [ -n "$$candidate" ] && "$$candidate" $(recent); then python=$$candidate; break; fi; \
@@ -64,10 +69,17 @@ pythons = "$(PYTHON)" python3.12 python3.13 python3.14 python3 \
 			echo '    apt install python3-venv'; \
 			exit 1; \
 		fi >&2; \
-		echo "Making .venv with $$($$python --version) ($$python)"; \
-		"$$python" -m venv --clear .venv; \
+		echo "Making $(@D) with $$($$python --version) ($$python)"; \
+		"$$python" -m venv --clear $(@D); \
 	fi; \
-	echo 'Installing into .venv: $(subst -, and ,$*)'; \
-	$(bin)/python -m pip install --disable-pip-version-check \
+	echo 'Installing into $(@D): $(subst -, and ,$*)'; \
+	$(@D)/bin/python -m pip install --disable-pip-version-check \
 		--editable '.[$(subst -,$(comma),$*)]'; \
 	touch $@
+endef
+
+.venv/installed-%: pyproject.toml
+	$(install)
+
+.venv-aot/installed-%: pyproject.toml
+	$(install)
