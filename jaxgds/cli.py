@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("path", nargs="?", help="a checkpoint, or any directory")
     doctor.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     doctor.set_defaults(run=_doctor)
-    bench = commands.add_parser("bench", help="measure this machine: restore")
+    bench = commands.add_parser("bench", help="measure this machine: restore, decode")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
         "restore",
@@ -52,6 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     restore.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
     restore.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
     restore.set_defaults(run=_bench_restore)
+    decode = benches.add_parser(
+        "decode",
+        help="decode attention over compressed KV caches, against bf16 and ideal FP8",
+        description="Checks the GPU kernels against the xla implementation, then times them: "
+        "every format at every batch and number of tokens, with cuDNN and XLA in bf16, and the "
+        "time that FP8 keys and values would take at the measured copy bandwidth. Without a GPU, "
+        "xla alone on a small size.",
+    )
+    decode.add_argument("--seq", help="comma-separated tokens a sequence")
+    decode.add_argument("--batch", help="comma-separated numbers of sequences")
+    decode.add_argument("--formats", help="comma-separated, such as K4V4 (bits of keys, values)")
+    decode.add_argument("--head-dim", type=int, choices=(64, 128, 256))
+    decode.add_argument("--group", type=int, help="query heads a KV head")
+    decode.add_argument("--kv-heads", type=int)
+    decode.add_argument("--repeat", type=int, help="calls a median is taken of")
+    decode.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
+    decode.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    decode.set_defaults(run=_bench_decode)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -102,6 +120,36 @@ def _bench_restore(args: argparse.Namespace) -> int:
     _write_json(args.json, found)
     if args.plot:
         restore.plot(found, args.plot)
+    return 1 if any("error" in row for row in found["results"]) else 0
+
+
+def _bench_decode(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    import jax
+
+    from jaxgds.bench import decode
+
+    def numbers(text: str | None) -> tuple[int, ...] | None:
+        return tuple(map(int, text.split(","))) if text else None
+
+    asked = {
+        "seqs": numbers(args.seq),
+        "batches": numbers(args.batch),
+        **{name: getattr(args, name) for name in ("head_dim", "group", "kv_heads", "repeat")},
+    }
+    sizes = decode.GPU if jax.devices()[0].platform == "gpu" else decode.CPU
+    sizes = replace(sizes, **{name: x for name, x in asked.items() if x is not None})
+    found = decode.run(
+        sizes,
+        tuple(args.formats.split(",")) if args.formats else decode.FORMATS,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.json != "-":
+        print(decode.table(found))
+    _write_json(args.json, found)
+    if args.plot:
+        decode.plot(found, args.plot)
     return 1 if any("error" in row for row in found["results"]) else 0
 
 
