@@ -25,7 +25,7 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxgds.engines import Buffer
-from jaxgds.plan import Destination
+from jaxgds.scatter import Destination
 from jaxgds.zarr import Layout
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxgds.engines import cuda
+from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.gds_proof import direct_reads, start_counting
 from jaxgds.engines.gds_proof import missing as missing
 from jaxgds.engines.host import direct, truncated
@@ -66,7 +67,7 @@ class GdsEngine:
         before = direct_reads()
         mine, others, why = self._share_out(reads, [ordinal_of(buffer) for buffer in buffers])
         if any(mine.values()):
-            with _Files() as files:
+            with _files() as files:
                 run_threads(
                     [
                         functools.partial(_work, ordinal, todo, buffers, files)
@@ -133,7 +134,7 @@ def _work(
     ordinal: int,
     todo: Iterator[Read],
     buffers: Sequence["Buffer"],
-    files: "_Files",
+    files: "OpenFiles[_File]",
     stop: threading.Event,
 ) -> None:
     near(ordinal)
@@ -151,7 +152,7 @@ def _work(
 
 
 def _carry_out(
-    read: Read, buffers: Sequence["Buffer"], files: "_Files", staging: "_Staging"
+    read: Read, buffers: Sequence["Buffer"], files: "OpenFiles[_File]", staging: "_Staging"
 ) -> None:
     source = read.source
     assert isinstance(source, Extent)
@@ -243,31 +244,16 @@ class _File:
             raise truncated(Extent(self._path, offset, nbytes), self._array, nbytes - n)
 
 
-class _Files:
-    """Files opened once each, and read by many threads at once."""
+def _files() -> OpenFiles[_File]:
+    def how(path: str, array: str) -> _File:
+        try:
+            return _File(path, array)
+        except (RuntimeError, OSError) as e:
+            raise CheckpointError(
+                f"{path}: array {array!r}: cannot be opened for cuFile: {e}"
+            ) from e
 
-    def __init__(self) -> None:
-        self._files: dict[str, _File] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def open(self, path: str, array: str) -> _File:
-        with self._lock:
-            if path not in self._files:
-                try:
-                    self._files[path] = _File(path, array)
-                except (RuntimeError, OSError) as e:
-                    raise CheckpointError(
-                        f"{path}: array {array!r}: cannot be opened for cuFile: {e}"
-                    ) from e
-            return self._files[path]
+    return OpenFiles(how)
 
 
 def unproven(file: str, ordinal: int) -> str | None:
@@ -298,7 +284,7 @@ def _try(file: str, ordinal: int) -> str | None:
         staging = _Staging(WINDOW)
         try:
             before = direct_reads()
-            with _Files() as files:
+            with _files() as files:
                 opened = files.open(file, "")
                 opened.read(0, min(WINDOW, opened.nbytes), staging.pointer)
         finally:

@@ -3,7 +3,6 @@
 import ctypes
 import io
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zstandard
 
+from jaxgds.engines.files import OpenFiles
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Source
-from jaxgds.plan import Piece, Read, Segment
+from jaxgds.plan import Read
+from jaxgds.scatter import Piece, Segment
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class HostEngine:
         self._threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
     def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
-        with Files() as files:
+        with plain_files() as files:
             run_all([lambda r=read: _read(r, files, buffers) for read in reads], self._threads)
 
 
@@ -57,29 +58,11 @@ def run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
             failed[0].result()
 
 
-class Files:
-    """File descriptors opened once each, shared by all threads, closed together."""
-
-    def __init__(self) -> None:
-        self._fds: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-    def fd(self, file: str) -> int:
-        with self._lock:
-            if file not in self._fds:
-                self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._fds[file]
+def plain_files() -> OpenFiles[io.FileIO]:
+    return OpenFiles(lambda path, array: io.FileIO(path))
 
 
-def _read(read: Read, files: Files, buffers: Sequence["Buffer"]) -> None:
+def _read(read: Read, files: OpenFiles[io.FileIO], buffers: Sequence["Buffer"]) -> None:
     with opened(read, files) as decoded:
         for segment in read.segments:
             whole = direct(segment)
@@ -94,7 +77,7 @@ def _read(read: Read, files: Files, buffers: Sequence["Buffer"]) -> None:
 
 
 @contextmanager
-def opened(read: Read, files: Files) -> Iterator[Callable[[memoryview], int]]:
+def opened(read: Read, files: OpenFiles[io.FileIO]) -> Iterator[Callable[[memoryview], int]]:
     """A function that fills a memoryview with the next decoded bytes of `read`.
 
     Errors of the file or the codec become CheckpointError, naming both file and array.
@@ -123,9 +106,9 @@ def opened(read: Read, files: Files) -> Iterator[Callable[[memoryview], int]]:
 class _Range:
     """The bytes of one extent as a minimal raw stream; `preadv`, so threads share the file."""
 
-    def __init__(self, read: Read, files: Files):
+    def __init__(self, read: Read, files: OpenFiles[io.FileIO]):
         assert not isinstance(read.source, bytes)
-        self._fd = files.fd(read.source.file)
+        self._fd = files.open(read.source.file, read.array).fileno()
         self._at = read.source.offset
         self._stop = read.source.offset + read.source.nbytes
 

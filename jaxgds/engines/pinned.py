@@ -1,17 +1,20 @@
 """GPUs without GPUDirect Storage: files -> pinned ring -> asynchronous copies to the device."""
 
 import functools
+import io
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
-from jaxgds.engines.host import Files, direct, fill, opened
-from jaxgds.engines.posix import DirectFiles
+from jaxgds.engines.files import OpenFiles
+from jaxgds.engines.host import direct, fill, opened, plain_files
+from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
-from jaxgds.plan import Piece, Read, Segment
+from jaxgds.plan import Read
+from jaxgds.scatter import Piece, Segment
 
 
 if TYPE_CHECKING:
@@ -38,8 +41,8 @@ class PinnedEngine:
     def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
         if not reads:
             return
-        with self._ring.busy, Files() as files, DirectFiles() as direct_files:
-            _Restore(self._ring, reads, buffers, files, direct_files).run()
+        with self._ring.busy, plain_files() as plain, direct_files() as files:
+            _Restore(self._ring, reads, buffers, plain, files).run()
 
 
 @functools.cache
@@ -62,11 +65,11 @@ class _Restore:
         ring: Ring,
         reads: Sequence[Read],
         buffers: Sequence["Buffer"],
-        files: Files,
-        direct_files: DirectFiles,
+        plain: OpenFiles[io.FileIO],
+        files: OpenFiles[DirectFile],
     ):
         self._ring, self._buffers = ring, buffers
-        self._files, self._direct_files = files, direct_files
+        self._plain, self._files = plain, files
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
         self._work = by_device(reads, self._ordinals)
 
@@ -98,10 +101,10 @@ class _Restore:
             self._decode(read, lane)
             return
         (segment,) = read.segments
-        file = self._direct_files.open(source.file, read.array)
+        file = self._files.open(source.file, read.array)
         whole = direct(segment)
         if whole is None:
-            assert segment.nbytes <= lane.slot_bytes  # see plan.MAX_STAGED
+            assert segment.nbytes <= lane.slot_bytes  # see scatter.MAX_STAGED
             slot = lane.slot()
             at = file.read(source.offset, segment.nbytes, slot.view, read.array)
             self._scatter(segment, slot, at, lane)
@@ -119,7 +122,7 @@ class _Restore:
 
     def _decode(self, read: Read, lane: Lane) -> None:
         """The same for what is compressed, or held inline by the metadata."""
-        with opened(read, self._files) as decoded:
+        with opened(read, self._plain) as decoded:
             for segment in read.segments:
                 whole = direct(segment)
                 if whole is None:

@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 
+from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import truncated
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent
@@ -13,31 +14,16 @@ from jaxgds.index import Extent
 BLOCK = 4096
 
 
-class DirectFiles:
-    """Files opened once each, and read by many threads at once."""
+def direct_files() -> "OpenFiles[DirectFile]":
+    """Files to read from; CheckpointError, which names the array too, if one cannot be opened."""
 
-    def __init__(self) -> None:
-        self._files: dict[str, DirectFile] = {}
-        self._lock = threading.Lock()
+    def how(path: str, array: str) -> DirectFile:
+        try:
+            return DirectFile(path)
+        except OSError as e:
+            raise unreadable(path, array, e) from e
 
-    def __enter__(self) -> "DirectFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def open(self, path: str, array: str) -> "DirectFile":
-        """The open file; CheckpointError, which names `array` too, if it cannot be opened."""
-        with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                try:
-                    file = self._files[path] = DirectFile(path)
-                except OSError as e:
-                    raise unreadable(path, array, e) from e
-        return file
+    return OpenFiles(how)
 
 
 class DirectFile:

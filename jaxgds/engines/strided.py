@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxgds.plan import Piece
+from jaxgds.scatter import Piece
 
 
 class Box(NamedTuple):

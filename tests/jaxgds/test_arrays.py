@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxgds
 from jaxgds.arrays import Allocation
-from jaxgds.plan import Destination
+from jaxgds.scatter import Destination
 
 
 def mesh(n: int = 4) -> Mesh:

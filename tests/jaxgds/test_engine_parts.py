@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 from jaxgds.engines import HostEngine, cuda, engine_for
 from jaxgds.engines.gds import MIN_READ, unfit, windows
 from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
-from jaxgds.engines.posix import BLOCK, DirectFiles
+from jaxgds.engines.posix import BLOCK, direct_files
 from jaxgds.engines.ring import MAX_PINNED, lane_count
 from jaxgds.engines.strided import boxes
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
-from jaxgds.plan import Piece, Read, Segment, make_plan
+from jaxgds.plan import Read, make_plan
+from jaxgds.scatter import Piece, Segment
 from jaxgds.zarr import Layout
 
 
@@ -121,7 +122,7 @@ def file(request, tmp_path):
 )
 def test_a_range_of_a_file(file, slot, offset, nbytes):
     path, data = file
-    with DirectFiles() as files:
+    with direct_files() as files:
         for _ in range(2):
             at = files.open(path, "w").read(offset, nbytes, slot[: nbytes + 2 * BLOCK], "w")
             assert bytes(slot[at : at + nbytes]) == data[offset : offset + nbytes].tobytes()
@@ -131,12 +132,12 @@ def test_a_range_of_a_file(file, slot, offset, nbytes):
 def test_a_range_beyond_the_end(file, slot, offset, nbytes):
     path, data = file
     missing = offset + nbytes - len(data)
-    with DirectFiles() as files, pytest.raises(CheckpointError, match=f"'w'.* {missing} bytes"):
+    with direct_files() as files, pytest.raises(CheckpointError, match=f"'w'.* {missing} bytes"):
         files.open(path, "w").read(offset, nbytes, slot, "w")
 
 
 def test_files_that_cannot_be_read(tmp_path, slot):
-    with DirectFiles() as files:
+    with direct_files() as files:
         with pytest.raises(CheckpointError, match=r"gone\.bin.*'w'"):
             files.open(str(tmp_path / "gone.bin"), "w")
         with pytest.raises(CheckpointError, match="directory"):
@@ -145,7 +146,7 @@ def test_files_that_cannot_be_read(tmp_path, slot):
 
 def test_files_are_closed(file, slot):
     before = os.listdir("/proc/self/fd")
-    with DirectFiles() as files:
+    with direct_files() as files:
         files.open(file[0], "w").read(5, 100, slot, "w")
         assert len(os.listdir("/proc/self/fd")) > len(before)
     assert os.listdir("/proc/self/fd") == before

@@ -11,14 +11,16 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgds import plan as plan_lib
+from jaxgds import scatter as scatter_lib
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
-from jaxgds.plan import Piece, Plan, make_plan, slabs
+from jaxgds.plan import Plan, make_plan
+from jaxgds.scatter import Piece, slabs
 from jaxgds.zarr import Layout
 
 
 DTYPES = [np.uint8, np.int16, np.float32, np.complex64, np.complex128]
-MIN_RUNS = [1, 16, plan_lib.MIN_RUN]
+MIN_RUNS = [1, 16, scatter_lib.MIN_RUN]
 
 
 def fake(name, data: np.ndarray, chunk, codec, gap=3, inline=False) -> tuple[StoredArray, dict]:
@@ -131,7 +133,7 @@ def test_a_plan_rebuilds_the_array(case, dtype, codec, max_read, min_run, inline
     data = rng.integers(0, 256, math.prod(shape) * itemsize, np.uint8).view(dtype).reshape(shape)
     stored, chunks = fake("w", data, chunk, codec, inline=inline)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_lib, "MIN_RUN", min_run)
+        patch.setattr(scatter_lib, "MIN_RUN", min_run)
         plan = make_plan([(stored, sharding)], max_read)
     out, written, read_count = carry_out(plan, {"w.bin": chunks}, itemsize)
 
