@@ -90,7 +90,7 @@ def opened(read: Read, files: OpenFiles[io.FileIO]) -> Iterator[Callable[[memory
             yield raw.readinto
         else:
             decompressor = zstandard.ZstdDecompressor()
-            # mypy-style protocols aside, the reader only calls raw.read(n).
+            # Of `raw` the reader only calls read(n).
             with decompressor.stream_reader(raw, read_size=FETCH) as reader:  # type: ignore
                 yield reader.readinto
                 if reader.read(1):
