@@ -11,8 +11,8 @@ class Config:
     """How decode attention is cut up; every choice gives the same result up to rounding.
 
     splits: parts in which each sequence's pages are divided, a thread block each; None chooses.
-    blocks: thread blocks that the device runs at once, to choose by. stages: pages in flight per
-    block. Raises ValueError for a number that is not positive.
+    blocks: thread blocks that the device runs at once where four fit a multiprocessor, to choose
+    by. stages: pages in flight per block. Raises ValueError for a number that is not positive.
     """
 
     splits: int | None = None

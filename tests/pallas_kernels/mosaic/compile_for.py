@@ -20,14 +20,14 @@ def compile_case(target: str, key_bits: int, value_bits: int, head_dim: int, gro
     from jax.sharding import NamedSharding, PartitionSpec
 
     import pallas_kernels as pk
-    from pallas_kernels.mosaic import Config, decode_hopper
+    from pallas_kernels import mosaic
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     here = NamedSharding(mesh, PartitionSpec())
     fmt = pk.KVFormat(key_bits, value_bits)
     cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 8, 4096, 8, head_dim))
-    q = jax.ShapeDtypeStruct((8, 8, group, head_dim), jnp.float32)
+    q = jax.ShapeDtypeStruct((8, 8 * group, head_dim), jnp.bfloat16)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (q, cache)
     )
@@ -38,8 +38,7 @@ def compile_case(target: str, key_bits: int, value_bits: int, head_dim: int, gro
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
         mock.patch.object(utils, "_infer_arch", lambda: arch),
     ):
-        attend = jax.jit(lambda q, cache: decode_hopper.packed_attention(q, cache, Config()))
-        attend.lower(*arguments).compile()
+        jax.jit(mosaic.decode_attention).lower(*arguments).compile()
 
 
 if __name__ == "__main__":

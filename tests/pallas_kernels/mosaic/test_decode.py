@@ -62,6 +62,14 @@ def test_ragged_lengths_and_more_splits_than_pages(interpret):
         assert_close(one, other)
 
 
+def test_ring_that_has_gone_round(interpret):
+    fmt = pk.KVFormat(window=100, sinks=2)  # three tiles of ring
+    lengths = [2 + 100 + 64 * (3 * i + 1) + 7 * i for i in range(3)] + [71]
+    got, want = attend_both(interpret, fmt, lengths, 8, 64, mosaic.Config(splits=1), jnp.float16)
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other)
+
+
 def test_pages_in_any_order_heads_and_bfloat16(interpret):
     fmt = pk.KVFormat(window=0, sinks=0, key_offset=False)
     table = jnp.asarray([[2, 0, 3], [5, 4, 1]], jnp.int32)
