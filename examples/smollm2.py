@@ -4,10 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from examples import download, llama
 from examples.llama import Config
 
 
@@ -23,6 +27,19 @@ LAYER_NAMES = {
     "ffn_down": "down.kernel",
 }
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+FILE = download.MODEL
+
+
+def read_model(reader: gguf.GGUFReader) -> llama.Llama:
+    """The model with its weights, on the first device."""
+    config = read_config(reader)
+    graph, target = llama.abstract_model(config, Mesh(jax.devices()[:1], ("model",)))
+    params, state = dict(nnx.to_flat_state(target)), {}
+    for path, x in read_weights(reader, config):
+        state[path] = params[path].replace(jax.device_put(x, jax.devices()[0]))
+    return nnx.merge(graph, nnx.from_flat_state(state))
 
 
 def read_config(reader: gguf.GGUFReader) -> Config:

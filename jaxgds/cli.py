@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("path", nargs="?", help="a checkpoint, or any directory")
     doctor.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     doctor.set_defaults(run=_doctor)
-    bench = commands.add_parser("bench", help="measure this machine: restore, decode")
+    bench = commands.add_parser("bench", help="measure: restore, decode, quality")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
         "restore",
@@ -70,6 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     decode.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
     decode.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
     decode.set_defaults(run=_bench_decode)
+    quality = benches.add_parser(
+        "quality",
+        help="perplexity and KL of compressed KV caches against bf16",
+        description="Reads a text with a small model through each cache, chunk by chunk, and "
+        "compares the next-token distributions with those of a bf16 cache. The model code comes "
+        "from the repository's examples/: run it from a checkout with the examples extra.",
+    )
+    quality.add_argument("--model", default="smollm2", choices=("smollm2",))
+    quality.add_argument("--dir", default=".demo", help="where downloads are kept")
+    quality.add_argument("--formats", help="comma-separated, such as K4V4 (keys, values) or fp8")
+    quality.add_argument("--window", default="128", help="newest tokens in bf16; comma-separated")
+    quality.add_argument("--sinks", default="4", help="first tokens in bf16; comma-separated")
+    quality.add_argument(
+        "--key-offset", default="on", choices=("on", "off", "both"), help="subtract a mean key"
+    )
+    quality.add_argument("--texts", type=int, default=2, help="how many texts are read")
+    quality.add_argument("--tokens", type=int, default=2048, help="of each text")
+    quality.add_argument("--chunk", type=int, default=64, help="tokens read at a time")
+    quality.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
+    quality.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    quality.set_defaults(run=_bench_quality)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -151,6 +172,28 @@ def _bench_decode(args: argparse.Namespace) -> int:
     if args.plot:
         decode.plot(found, args.plot)
     return 1 if any("error" in row for row in found["results"]) else 0
+
+
+def _bench_quality(args: argparse.Namespace) -> int:
+    from jaxgds.bench import quality
+
+    offsets = {"on": (True,), "off": (False,), "both": (True, False)}
+    settings = quality.Settings(
+        windows=tuple(map(int, args.window.split(","))),
+        sinks=tuple(map(int, args.sinks.split(","))),
+        key_offset=offsets[args.key_offset],
+    )
+    formats = args.formats.split(",") if args.formats else quality.FORMATS
+    caches = quality.cases(formats, settings)
+    model, tokens, text = quality.load(args.model, args.dir, args.texts, args.tokens)
+    found = quality.run(model, tokens, caches, args.chunk)
+    found |= {"model": quality.MODELS[args.model], "text": text}
+    if args.json != "-":
+        print(quality.table(found))
+    _write_json(args.json, found)
+    if args.plot:
+        quality.plot(found, args.plot)
+    return 0
 
 
 def _write_json(file: str | None, value: object) -> None:

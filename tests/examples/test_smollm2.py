@@ -102,6 +102,15 @@ def test_weights_fill_the_model(reader, small):
     np.testing.assert_array_equal(llama_cpp_order(key, small.kv_heads), stored)
 
 
+def test_model_is_read_whole(reader, small):
+    model = smollm2.read_model(reader[0])
+    found = {path: np.asarray(x.get_value()) for path, x in nnx.to_flat_state(nnx.state(model))}
+    expected = dict(smollm2.read_weights(reader[0], small))
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_array_equal(found[path], x)
+
+
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 4), (3, 8), (9, 64)])
 def test_half_split_rows_undoes_llama_cpp_order(heads, head_dim):
     x = np.arange(heads * head_dim * 3).reshape(heads * head_dim, 3)
