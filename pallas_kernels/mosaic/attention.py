@@ -4,14 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from pallas_kernels.cache import KVCache
 from pallas_kernels.mosaic import decode_hopper
 from pallas_kernels.mosaic.config import Config
-from pallas_kernels.mosaic.exact import LOWEST
+from pallas_kernels.mosaic.merge import merge_parts
 
 
 _LOG2_E = math.log2(math.e)
@@ -37,21 +36,13 @@ def decode_attention(
         raise NotImplementedError(f'{fmt.page_size=}: the kernel takes pages of 64; use "xla"')
     if group > 16:
         raise NotImplementedError(f'{q_heads=} is over 16 times kv_heads={heads}; use "xla"')
-    factor = _LOG2_E * (d**-0.5 if scale is None else scale)
+    factor = float(_LOG2_E * (d**-0.5 if scale is None else scale))
     parts, lse = decode_hopper.attention_parts(_queries(q, heads), cache, factor, config, interpret)
-    lse, offset = lse[:, :, :-1], lse[:, :, -1:]
-    if fmt.key_offset:
-        lse = lse.at[:, :, :-1].add(offset)
-    largest = jnp.maximum(lse.max(axis=2, keepdims=True), LOWEST)
-    weights = jnp.exp2(lse - largest)  # 0 where there are no tokens
-    total = weights.sum(axis=2)
-    weights /= jnp.where(total == 0, 1.0, total)[:, :, None]
-    packed = _dot("bhsdg,bhsg->bhgd", parts[:, :, :-1], weights[:, :, :-1])
-    out = _dot("bhge,de->bhgd", packed, decode_hopper.rotation_matrix(d, fmt.seed))
-    out += (parts[:, :, -1] * weights[:, :, -1:]).swapaxes(-1, -2)
-    overflowed = (cache.lengths > cache.max_len)[:, None, None]
-    out = out[:, :, :group].reshape(q.shape)
-    return jnp.where(overflowed, jnp.nan, out).astype(q.dtype)
+    high, *low = merge_parts(parts, lse, cache, q.dtype, interpret)
+    out = high.astype(q.dtype)
+    for x in low:
+        out += x.astype(q.dtype)
+    return out[:, :, :group].reshape(q.shape)
 
 
 def _queries(q: Float[Array, "batch q_heads head_dim"], heads: int) -> tuple[Array, ...]:
@@ -81,9 +72,3 @@ def require_hopper(x: Array) -> None:
             f"the kernel is for Hopper GPUs (compute capability 9.0), not for "
             f'{device.device_kind} ({device.platform}, {capability}); use implementation="xla"'
         )
-
-
-def _dot(spec: str, a: Array, b: Array | np.ndarray) -> Array:
-    return jnp.einsum(
-        spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )

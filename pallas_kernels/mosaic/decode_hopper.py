@@ -18,7 +18,6 @@ The block of split 0 also attends to sinks and ring (`exact`), and has fewer pag
 import functools
 import math
 from dataclasses import replace
-from functools import cache as memoize
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
-from pallas_kernels import rotation as rotations
 from pallas_kernels.cache import KVCache
 from pallas_kernels.mosaic import exact, levels
 from pallas_kernels.mosaic.config import Config
@@ -40,6 +38,8 @@ from pallas_kernels.mosaic.tiles import (
     full,
     matmul,
     publish,
+    rotation_matrix,
+    smem,
     store_result,
     store_row,
     store_transposed,
@@ -129,25 +129,6 @@ def attention_parts(
         *planes,
         *dense,
     )
-
-
-@memoize
-def rotation_matrix(head_dim: int, seed: int) -> np.ndarray:
-    """The matrix of `rotation.rotate`, float32: rotate(x) = x @ matrix, unrotate its transpose."""
-    hadamard = np.ones((1, 1), np.float32)
-    while len(hadamard) < head_dim:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    signs = rotations.signs(head_dim, seed)[:, None]
-    return (signs * hadamard / math.sqrt(head_dim)).astype(np.float32)
-
-
-def smem(shape, dtype):
-    """Shared memory whose last axis is laid out for wgmma, 64 of 16 bits at a time."""
-    tiled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
-    return plgpu.SMEM(shape, dtype, transforms=tiled)
 
 
 def _lines(plane):

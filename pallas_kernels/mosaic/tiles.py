@@ -1,9 +1,12 @@
 """What the kernels do with tiles: products, transposed stores, the barrier between warps."""
 
 import functools
+import math
+from functools import cache as memoize
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -11,10 +14,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
+from pallas_kernels import rotation as rotations
 from pallas_kernels.mosaic import levels
 
 
 LIMIT = 2.0**12  # of p * max(1, v_scale / unit); float16 ends at 65504
+
+
+@memoize
+def rotation_matrix(head_dim: int, seed: int) -> np.ndarray:
+    """The matrix of `rotation.rotate`, float32: rotate(x) = x @ matrix, unrotate its transpose."""
+    hadamard = np.ones((1, 1), np.float32)
+    while len(hadamard) < head_dim:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    signs = rotations.signs(head_dim, seed)[:, None]
+    return (signs * hadamard / math.sqrt(head_dim)).astype(np.float32)
+
+
+def smem(shape, dtype):
+    """Shared memory whose last axis is laid out for wgmma, 64 of 16 bits at a time."""
+    tiled = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
+    return plgpu.SMEM(shape, dtype, transforms=tiled)
 
 
 def matmul(a, b, interpret, acc=None) -> Any:
@@ -59,6 +82,18 @@ def load_rows(ref, interpret):
         return ref[...].astype(jnp.float32)
     x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     return x.astype(jnp.float32)
+
+
+def load_columns(ref, interpret):
+    """float32 ref [n] in global memory -> one for each of an accumulator's columns."""
+    if interpret:
+        return ref[...]
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def load_tile(ref, interpret):
+    """float32 ref [m, n] in global memory -> wgmma's accumulator layout."""
+    return ref[...] if interpret else plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def load_transposed(ref, interpret):

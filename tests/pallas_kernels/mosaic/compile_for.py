@@ -1,18 +1,22 @@
 """Compile the decode kernel for a GPU that is not here: python compile_for.py TARGET OUT CASES.
 
 TARGET: a GpuTargetConfig in text form. OUT: an existing directory for the dumps. CASES: JSON, a
-list of [key_bits, value_bits, head_dim, group]; each leaves its dumps in OUT/<its index>.
+list of [key_bits, value_bits, head_dim, group]; each leaves its dumps in OUT/<its index>,
+and beside them in `launches` how many kernels a call of decode_attention launches.
 One process per target: jax's compile cache does not know the target.
 """
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from unittest import mock
 
 
-def compile_case(target: str, key_bits: int, value_bits: int, head_dim: int, group: int) -> None:
+def compile_case(
+    target: str, out: Path, key_bits: int, value_bits: int, head_dim: int, group: int
+) -> None:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -38,7 +42,9 @@ def compile_case(target: str, key_bits: int, value_bits: int, head_dim: int, gro
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
         mock.patch.object(utils, "_infer_arch", lambda: arch),
     ):
-        jax.jit(mosaic.decode_attention).lower(*arguments).compile()
+        compiled = jax.jit(mosaic.decode_attention).lower(*arguments).compile()
+    entry = str(compiled.as_text()).partition("\nENTRY ")[2]
+    (out / "launches").write_text(str(len(re.findall(r" (?:fusion|custom-call|copy)\(", entry))))
 
 
 if __name__ == "__main__":
@@ -47,4 +53,4 @@ if __name__ == "__main__":
     for i, case in enumerate(cases):
         (out / str(i)).mkdir()
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(out / str(i))
-        compile_case(target, *case)
+        compile_case(target, out / str(i), *case)

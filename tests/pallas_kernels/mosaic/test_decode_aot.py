@@ -56,16 +56,22 @@ def h100_dumps(tmp_path_factory):
 
 @pytest.mark.parametrize("i", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_decode_compiles_for_h100(h100_dumps, i):
-    def dump(suffix):
-        (path,) = (h100_dumps / str(i)).glob(f"*.{suffix}")
-        return path.read_text()
+    def dumps(suffix):
+        return [path.read_text() for path in (h100_dumps / str(i)).glob(f"*.{suffix}")]
 
-    assert ".target sm_90a" in dump("ptx")
-    report = dump("ptxas")
-    assert "0 bytes spill stores, 0 bytes spill loads" in report
-    registers = re.search(r"Used (\d+) registers", report)
-    assert registers and int(registers[1]) <= list(CASES.values())[i]
-    scratch = re.search(r"smem_scratch_bytes=(\d+)", dump("resources.txt"))
-    assert scratch and int(scratch[1]) <= SHARED_MEMORY
-    code = dump("sass_ctrl")
-    assert "HGMMA" in code and "UTMALDG" in code and "LDL" not in code
+    reports = dumps("ptxas")
+    assert reports  # of the attention, and of the merge where it is not that of a case before
+    assert all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+    registers = [int(re.findall(r"Used (\d+) registers", report)[0]) for report in reports]
+    assert max(registers) <= list(CASES.values())[i]
+    assert all(".target sm_90a" in ptx for ptx in dumps("ptx"))
+    for resources in dumps("resources.txt"):
+        assert int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]) <= SHARED_MEMORY
+    for code in dumps("sass_ctrl"):
+        assert "HGMMA" in code and "UTMALDG" in code and "LDL" not in code
+
+
+def test_a_call_is_two_launches(h100_dumps):
+    for i, (*_, group) in enumerate(CASES):
+        padded = group % 8 > 0  # a fusion before and one after
+        assert (h100_dumps / str(i) / "launches").read_text() == str(4 if padded else 2)
