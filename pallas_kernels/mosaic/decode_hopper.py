@@ -48,6 +48,7 @@ from pallas_kernels.packing import plane_bits
 
 
 _SHARED_MEMORY = 224 * 1024  # of a multiprocessor, less what it keeps of four blocks for itself
+_REGISTERS = 64 * 1024
 # What 64 tokens of sinks and ring take, in pages of a few bits.
 _PAGES_PER_TILE = 4
 
@@ -81,7 +82,12 @@ def attention_parts(
     stages = config.stages
     page_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in planes)
     used = stages * page_bytes + 2 * d * (TILE + 3 * rows) + 8 * rows * TILE
-    config = replace(config, blocks=config.blocks * min(max(_SHARED_MEMORY // used, 1), 4) // 4)
+    # Registers a thread, as compiled: see the tests of ahead-of-time compilation.
+    registers = {64: 128, 128: 128, 256: 255}[d]
+    if d == 128 and (rows > 8 or fmt.value_bits == 3):
+        registers = 168
+    resident = min(_SHARED_MEMORY // used or 1, _REGISTERS // (128 * registers))
+    config = replace(config, blocks=config.blocks * resident // 4)
     splits = config.splits_for(batch * heads, pages_per_seq)
     dense = (cache.recent_k, cache.recent_v)
     if fmt.sinks:
