@@ -173,7 +173,9 @@ def _ocdbt_values(path: str) -> dict[str, Source]:
                         file = root + unquote(base) + unquote(rel)
                         values[key.decode()] = Extent(file, int(offset), int(length))
     except (ValueError, KeyError, IndexError) as e:  # TensorStore raises ValueError
-        raise CheckpointError(f"{path}: its OCDBT database is damaged: {e}") from e
+        # Callers of Orbax match the first words: they are what TensorStore's own error says.
+        why = f'Error opening "ocdbt" driver: the database is damaged: {e}'
+        raise CheckpointError(f"{path}: {why}") from e
     return values
 
 
