@@ -56,7 +56,7 @@ def load(
 
 
 def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
-    checkpointer = ocp.Checkpointer(orbax.handler(strict=strict))
+    checkpointer = ocp.Checkpointer(orbax.handler(strict=strict, warn=False))
     try:
         if target is None:
             return checkpointer.restore(folder)

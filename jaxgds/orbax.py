@@ -1,46 +1,51 @@
-"""Orbax restores through jaxgds: every `jax.Array` leaf, of Orbax v0 and v1 alike.
+"""Orbax restores through jaxgds: every `jax.Array` and numpy leaf, of Orbax v0 and v1 alike.
 
-Both APIs end in one public method, `ocp.type_handlers.ArrayHandler.deserialize`,
-called once per restore with all array leaves. `install()` replaces it; `handler()`
-gives a subclass to one checkpointer only. What jaxgds cannot restore goes to Orbax's own method
-and is in the report with its reason.
-
-All use of Orbax names that are not public sits in `_saved_shardings`.
+Both APIs end in one public method per type of leaf, `ocp.type_handlers.ArrayHandler.deserialize`
+and that of `NumpyHandler`, called once per restore with all such leaves. `install()` replaces
+them; `handler()` gives subclasses to one checkpointer only. What jaxgds cannot restore goes to
+Orbax's own method and is in the report with its reason. Scalars and strings stay Orbax's.
 """
 
 import dataclasses
-import json
+import functools
 import os
 import time
-from base64 import urlsafe_b64decode
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, Sharding
 
 from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
-from jaxgds.index import Index, open_index
+from jaxgds.index import Index, StoredArray, open_index
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
+from jaxgds.saved import SavedShardings, random_keys
 
 
 ArrayHandler = ocp.type_handlers.ArrayHandler
-Deserialize = Callable[..., Awaitable[Sequence[jax.Array]]]
+NumpyHandler = ocp.type_handlers.NumpyHandler
+Deserialize = Callable[..., Awaitable[Sequence[Any]]]
 
 # Reads on one replica and broadcasts over the network: left alone, but reported.
 BroadcastHandler = ocp.type_handlers.SingleReplicaArrayHandler
-_STOCK: dict[type, Deserialize] = {c: c.deserialize for c in (ArrayHandler, BroadcastHandler)}
+_STOCK: dict[type, Deserialize] = {
+    kind: kind.deserialize for kind in (ArrayHandler, BroadcastHandler, NumpyHandler)
+}
 
 
 def install(*, strict: bool | None = None) -> None:
     """Sends all Orbax restores of this process through jaxgds, until `uninstall()`.
 
     Checkpointers and managers that exist already are included. Installing twice is the same
-    as once, with the newer `strict`.
+    as once, with the newer `strict`. Orbax's limit on bytes in flight, `restore_concurrent_gb`,
+    holds for what is left to Orbax; jaxgds bounds the host memory it needs by itself, to a
+    staging ring, and waits for no limit.
 
     Args:
       strict: raise FallbackError instead of leaving an array to Orbax; None asks the
@@ -75,7 +80,9 @@ def installed(*, strict: bool | None = None) -> Iterator[None]:
             kind.deserialize = deserialize
 
 
-def handler(*, strict: bool | None = None, **kwargs: Any) -> ocp.PyTreeCheckpointHandler:
+def handler(
+    *, strict: bool | None = None, warn: bool = True, **kwargs: Any
+) -> ocp.PyTreeCheckpointHandler:
     """An Orbax checkpoint handler that restores through jaxgds, without global state.
 
     Use it as `ocp.Checkpointer(handler())` or `ocp.CheckpointManager(path,
@@ -83,16 +90,91 @@ def handler(*, strict: bool | None = None, **kwargs: Any) -> ocp.PyTreeCheckpoin
 
     Args:
       strict: as for `install`.
+      warn: as Orbax does, where shardings were not given and are those of the save.
       **kwargs: passed on to `ocp.PyTreeCheckpointHandler`.
+
+    Raises:
+      NotImplementedError: something else than Orbax's ArrayHandler is registered for `jax.Array`.
     """
-    stock = ocp.type_handlers.get_type_handler(jax.Array)
-    fast = _Handler.__new__(_Handler)
-    # The registered handler carries a metadata store that a fresh one would lack.
-    vars(fast).update(vars(stock), _jaxgds_strict=strict)
-    kinds = [k for k in ocp.type_handlers.supported_types() if k is not jax.Array]
-    pairs = [(k, ocp.type_handlers.get_type_handler(k)) for k in kinds]
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, fast), *pairs)
+    types = ocp.type_handlers
+    handlers = {kind: types.get_type_handler(kind) for kind in types.supported_types()}
+    if type(handlers[jax.Array]) is not ArrayHandler:
+        raise NotImplementedError(
+            f"a {type(handlers[jax.Array]).__name__} is registered for jax.Array, and handler() "
+            "stands in for Orbax's ArrayHandler only: register that one, or use install()"
+        )
+    for kind, stock in handlers.items():
+        if type(stock) in _FAST:
+            # The registered handler carries a metadata store that a fresh one would lack.
+            handlers[kind] = fast = object.__new__(_FAST[type(stock)])
+            vars(fast).update(vars(stock), _jaxgds_strict=strict, _jaxgds_warn=warn)
+    registry = types.create_type_handler_registry(*handlers.items())
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **kwargs)
+
+
+class _ArrayHandler(ArrayHandler):
+    _jaxgds_strict: bool | None = None
+
+    async def deserialize(self, infos, args=None):
+        return await _deserialize(self, infos, args, self._jaxgds_strict, _STOCK[ArrayHandler])
+
+
+class _NumpyHandler(NumpyHandler):
+    _jaxgds_strict: bool | None = None
+
+    async def deserialize(self, infos, args=None):
+        return await _deserialize(self, infos, args, self._jaxgds_strict, _STOCK[NumpyHandler])
+
+
+_FAST: dict[type, type] = {ArrayHandler: _ArrayHandler, NumpyHandler: _NumpyHandler}
+
+
+async def _deserialize(self, infos, args, strict: bool | None, stock: Deserialize) -> Sequence[Any]:
+    """Restores what jaxgds can, leaves the rest to Orbax, keeps the order."""
+    to_host = isinstance(self, NumpyHandler)
+    if args is None and to_host:
+        args = [ocp.RestoreArgs()] * len(infos)
+    if args is None or not infos or isinstance(self, ocp.type_handlers.ScalarHandler):
+        return await stock(self, infos, args)
+    start = time.perf_counter()
+    for info in infos:
+        await info.await_path_creation()
+    wanted, fallbacks = _sort_out(self, infos, args)
+    report.check_strict({infos[i].name: why for i, why in fallbacks.items()}, strict)
+    indexed = time.perf_counter()
+    result: dict[int, Any] = {}
+    done = TransferReport(path="orbax")
+    if wanted:
+        leaves = list(wanted.values())
+        made, done = restore.restore_to_host(leaves) if to_host else _onto_devices(leaves)
+        result.update(zip(wanted, made, strict=True))
+    if fallbacks:
+        some = list(fallbacks)
+        made = await stock(self, [infos[i] for i in some], [args[i] for i in some])
+        result.update(zip(some, made, strict=True))
+    done = dataclasses.replace(
+        done,
+        path="mixed" if wanted and fallbacks else done.path,
+        seconds=time.perf_counter() - start,
+        index_seconds=indexed - start,
+        fallbacks={infos[i].name: why for i, why in fallbacks.items()},
+    )
+    _publish(infos[0].byte_limiter, to_host, done)
+    return [result[i] for i in range(len(infos))]
+
+
+def _publish(restore_id: object, to_host: bool, done: TransferReport) -> None:
+    """Publishes the report of a restore: of one type of leaf, or of both when the second is done.
+
+    Args:
+      restore_id: the byte limiter, which Orbax makes anew for each restore.
+    """
+    parts = {} if restore_id is None else _PARTS.setdefault(restore_id, {})
+    parts[to_host] = done
+    report.publish(report.total(parts[False], parts[True]) if len(parts) == 2 else done)
+
+
+_PARTS: weakref.WeakKeyDictionary[object, dict[bool, TransferReport]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,52 +183,16 @@ class _Leaf:
     key_impl: str | None  # of a PRNG key, which is stored as its key data
 
 
-class _Handler(ArrayHandler):
-    _jaxgds_strict: bool | None = None
-
-    async def deserialize(self, infos, args=None):
-        stock = _STOCK[ArrayHandler]
-        return await _deserialize(self, infos, args, self._jaxgds_strict, stock)
-
-
-async def _deserialize(
-    self, infos, args, strict: bool | None, stock: Deserialize
-) -> Sequence[jax.Array]:
-    """Restores what jaxgds can, leaves the rest to Orbax, keeps the order."""
-    if args is None or not infos:
-        return await stock(self, infos, args)
-    start = time.perf_counter()
-    for info in infos:
-        await info.await_path_creation()
-    wanted, fallbacks = _sort_out(self, infos, args)
-    report.check_strict({infos[i].name: why for i, why in fallbacks.items()}, strict)
-    indexed = time.perf_counter()
-    result: dict[int, jax.Array] = {}
-    done = TransferReport(path="orbax")
-    if wanted:
-        arrays, done = restore.restore([leaf.wanted for leaf in wanted.values()])
-        for (i, leaf), array in zip(wanted.items(), arrays, strict=True):
-            key = leaf.key_impl
-            result[i] = array if key is None else jax.random.wrap_key_data(array, impl=key)
-    if fallbacks:
-        some = list(fallbacks)
-        arrays = await stock(self, [infos[i] for i in some], [args[i] for i in some])
-        result.update(zip(some, arrays, strict=True))
-    report.publish(
-        TransferReport(
-            **{
-                **done.__dict__,
-                "path": "mixed" if wanted and fallbacks else done.path,
-                "seconds": time.perf_counter() - start,
-                "index_seconds": indexed - start,
-                "fallbacks": {infos[i].name: why for i, why in fallbacks.items()},
-            }
-        )
-    )
-    return [result[i] for i in range(len(infos))]
+def _onto_devices(leaves: Sequence[_Leaf]) -> tuple[list[jax.Array], TransferReport]:
+    arrays, done = restore.restore([leaf.wanted for leaf in leaves])
+    keys = [leaf.key_impl for leaf in leaves]
+    return [
+        array if key is None else jax.random.wrap_key_data(array, impl=key)
+        for key, array in zip(keys, arrays, strict=True)
+    ], done
 
 
-def _sort_out(self, infos, args) -> tuple[dict[int, _Leaf], dict[int, str]]:
+def _sort_out(self, infos, args) -> tuple[dict[int, Any], dict[int, str]]:
     """Which leaves jaxgds restores, and why it does not restore the others."""
     folder = os.fspath(infos[0].parent_dir)
     everything = range(len(infos))
@@ -157,28 +203,38 @@ def _sort_out(self, infos, args) -> tuple[dict[int, _Leaf], dict[int, str]]:
     if not os.path.isdir(folder):
         return {}, dict.fromkeys(everything, f"{folder} is not a local directory")
     index = open_index(folder)
-    saved = _SavedShardings(folder)
-    keys = _random_keys(folder) if getattr(self, "_array_metadata_store", None) else {}
-    wanted: dict[int, _Leaf] = {}
+    if isinstance(self, NumpyHandler):
+        leaf = functools.partial(_numpy_leaf, index)
+    else:
+        saved = SavedShardings(folder, warn=getattr(self, "_jaxgds_warn", True))
+        keys = random_keys(folder) if getattr(self, "_array_metadata_store", None) else {}
+        leaf = functools.partial(_leaf, index, saved, keys)
+    wanted: dict[int, Any] = {}
     fallbacks: dict[int, str] = {}
     for i, (info, arg) in enumerate(zip(infos, args, strict=True)):
         try:
-            wanted[i] = _leaf(index, info, arg, saved, keys)
+            wanted[i] = leaf(info, arg)
         except NotImplementedError as e:
             fallbacks[i] = str(e)
     return wanted, fallbacks
 
 
-def _leaf(
-    index: Index, info, arg, saved: "_SavedShardings", random_keys: Mapping[str, str]
-) -> _Leaf:
+def _numpy_leaf(index: Index, info, arg) -> StoredArray:
+    """One array to restore to the host; NotImplementedError says why it is Orbax's."""
+    array = _stored(index, info)
+    stored = array.layout.dtype
+    if arg.dtype is not None and arg.dtype != stored:
+        raise NotImplementedError(f"a cast from {stored} to {np.dtype(arg.dtype)}, in numpy")
+    _check_chunks(array, info)
+    return array
+
+
+def _leaf(index: Index, saved: SavedShardings, key_impls: Mapping[str, str], info, arg) -> _Leaf:
     """One leaf to restore; NotImplementedError says why it is Orbax's."""
-    if info.name not in index:
-        raise NotImplementedError("the checkpoint has no such array")
-    array = index.array(info.name)
+    array = _stored(index, info)
     stored, shape = array.layout.dtype, array.layout.shape
     dtype = getattr(arg, "dtype", None)
-    key_impl = random_keys.get(info.name)
+    key_impl = key_impls.get(info.name)
     logical = shape
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         if key_impl is None:
@@ -194,13 +250,24 @@ def _leaf(
     why = restore.unsupported(wanted)
     if why is not None:
         raise NotImplementedError(why)
-    if not info.raise_array_data_missing_error:  # a chunk left out means the fill value then
+    _check_chunks(array, info)
+    return _Leaf(wanted, key_impl)
+
+
+def _stored(index: Index, info) -> StoredArray:
+    if info.name not in index:
+        raise NotImplementedError("the checkpoint has no such array")
+    return index.array(info.name)
+
+
+def _check_chunks(array: StoredArray, info) -> None:
+    """Leaves an array to Orbax if a chunk left out stands for the fill value, and one is."""
+    if not info.raise_array_data_missing_error:
         try:
             for _ in array.chunks():
                 pass
         except CheckpointError as e:
             raise NotImplementedError(f"not all of its data is stored: {e}") from e
-    return _Leaf(wanted, key_impl)
 
 
 def _castable(stored, dtype) -> bool:
@@ -209,7 +276,7 @@ def _castable(stored, dtype) -> bool:
     return stored.name in floats and jax.numpy.dtype(dtype).name in floats
 
 
-def _sharding(arg, name: str, saved: "_SavedShardings") -> Sharding:
+def _sharding(arg, name: str, saved: SavedShardings) -> Sharding:
     """The sharding the caller asked for, in Orbax's order of precedence."""
     mesh, axes = getattr(arg, "mesh", None), getattr(arg, "mesh_axes", None)
     if mesh is not None and axes is not None:
@@ -222,51 +289,3 @@ def _sharding(arg, name: str, saved: "_SavedShardings") -> Sharding:
     if not isinstance(sharding, Sharding):
         raise NotImplementedError(f"a sharding of type {type(sharding).__name__}")
     return sharding
-
-
-class _SavedShardings:
-    """The shardings the arrays were saved with, from the `_sharding` file, parsed on demand."""
-
-    def __init__(self, folder: str):
-        self._file = os.path.join(folder, "_sharding")
-        self._strings: dict[str, str] | None = None
-
-    def get(self, name: str) -> Sharding:
-        from orbax.checkpoint._src.metadata import sharding as sharding_metadata
-
-        if self._strings is None:
-            try:
-                with open(self._file, "rb") as f:
-                    encoded = json.load(f)
-                self._strings = {urlsafe_b64decode(k).decode(): v for k, v in encoded.items()}
-            except FileNotFoundError:
-                self._strings = {}
-            except (ValueError, AttributeError) as e:
-                raise CheckpointError(f"{self._file}: damaged sharding file: {e}") from e
-        text = self._strings.get(name)
-        if not text:
-            raise NotImplementedError("no sharding was given and none was saved")
-        try:
-            return sharding_metadata.from_serialized_string(text).to_jax_sharding()
-        except (ValueError, NotImplementedError) as e:
-            raise NotImplementedError(f"its saved sharding does not fit here: {e}") from e
-
-
-def _random_keys(folder: str) -> dict[str, str]:
-    """Array name -> implementation of the PRNG keys it holds, from `array_metadatas/`."""
-    metadata = os.path.join(folder, "array_metadatas")
-    names: dict[str, str] = {}
-    if not os.path.isdir(metadata):
-        return names
-    for file in sorted(os.listdir(metadata)):
-        path = os.path.join(metadata, file)
-        try:
-            with open(path, "rb") as f:
-                entries = json.load(f)["array_metadatas"]
-            for entry in entries:
-                array = entry["array_metadata"]
-                if impl := (array["ext_metadata"] or {}).get("random_key_impl"):
-                    names[array["param_name"]] = impl
-        except (ValueError, KeyError, TypeError) as e:
-            raise CheckpointError(f"{path}: damaged array metadata: {e!r}") from e
-    return names

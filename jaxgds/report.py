@@ -13,6 +13,7 @@ class TransferReport:
     Attributes:
       path: "gds", "pinned" or "host": the engine that moved the bytes; "mixed" if more than
         one part of the machinery did (Orbax included); "orbax" if everything fell back.
+        Leaves restored as numpy arrays, always by "host", do not make a "gds" mixed.
       bytes_read: from storage by this process, encoded (a zstd checkpoint counts compressed).
       bytes_restored: of the arrays that jaxgds filled on this host, each distinct shard once.
       seconds: of the whole call; index_seconds, plan_seconds and read_seconds are parts of it
@@ -42,6 +43,22 @@ class TransferReport:
         }
 
 
+def total(device: TransferReport, host: TransferReport) -> TransferReport:
+    """The two parts of one restore, onto devices and into numpy arrays, as one report."""
+    mine = ("host", device.path) if device.path != "orbax" else ("orbax",)
+    added = {
+        field.name: getattr(device, field.name) + getattr(host, field.name)
+        for field in dataclasses.fields(TransferReport)
+        if field.type in (int, float)
+    }
+    return dataclasses.replace(
+        device,
+        **added,
+        path=device.path if host.path in mine else "mixed",
+        fallbacks={**device.fallbacks, **host.fallbacks},
+    )
+
+
 class FallbackError(RuntimeError):
     """`strict` was asked for, and some array could not be restored by jaxgds itself."""
 
@@ -65,6 +82,5 @@ def check_strict(fallbacks: Mapping[str, str], strict: bool | None) -> None:
         strict = os.environ.get("JAXGDS_STRICT", "0") not in ("", "0")
     if strict and fallbacks:
         shown = "; ".join(f"{name}: {why}" for name, why in list(fallbacks.items())[:8])
-        raise FallbackError(
-            f"{len(fallbacks)} arrays would fall back to Orbax, which strict forbids: {shown}"
-        )
+        count = f"{len(fallbacks)} array{'s' if len(fallbacks) > 1 else ''}"
+        raise FallbackError(f"{count} would fall back to Orbax, which strict forbids: {shown}")

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 from jaxgds import arrays
-from jaxgds.engines import Engine, engine_for
+from jaxgds.engines import Buffer, Engine, HostEngine, engine_for
 from jaxgds.index import StoredArray
-from jaxgds.plan import Read, all_shards, make_plan
+from jaxgds.plan import Destination, Read, all_shards, make_plan
 from jaxgds.report import TransferReport
 
 
@@ -98,6 +99,37 @@ def restore(
         note=engine.note,
     )
     return restored, report
+
+
+def restore_to_host(
+    stored: Sequence[StoredArray],
+) -> tuple[list[np.ndarray], TransferReport]:
+    """Restores whole arrays as numpy arrays, each with its stored dtype.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or damaged. Nothing is returned then.
+    """
+    start = time.perf_counter()
+    made = [np.empty(a.layout.shape, a.layout.dtype) for a in stored]
+    whole = [tuple((0, n) for n in a.shape) for a in made]
+    destinations = tuple(Destination(a.name, box, ()) for a, box in zip(stored, whole, strict=True))
+    pairs: list[Any] = [(a, None) for a in stored]  # no shardings: the destinations are given
+    with _collector_paused():
+        plan = make_plan(pairs, destinations=destinations)
+    planned = time.perf_counter()
+    engine = HostEngine()
+    engine.read(plan.reads, [Buffer(a.ctypes.data, a.nbytes, None) for a in made])
+    end = time.perf_counter()
+    report = TransferReport(
+        path=engine.path,
+        bytes_read=plan.source_nbytes,
+        bytes_restored=sum(a.nbytes for a in made),
+        seconds=end - start,
+        plan_seconds=planned - start,
+        read_seconds=end - planned,
+        arrays=len(made),
+    )
+    return made, report
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Restores through jaxgds against the same restores by stock Orbax, bit for bit."""
 
 import asyncio
+import dataclasses
 import json
 import os
+import shutil
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -19,25 +22,26 @@ from jax.sharding import PartitionSpec as P
 import jaxgds
 import jaxgds.orbax
 from jaxgds.errors import CheckpointError
-from jaxgds.report import publish
+from jaxgds.report import publish, total
 
 
 pytestmark = [
-    # Stock Orbax, without a target. jaxgds reads the same file and does not warn.
+    # Without a target, of stock Orbax and of jaxgds alike; the other one is of stock Orbax.
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
     pytest.mark.filterwarnings("ignore:Use `load` instead:DeprecationWarning"),
 ]
 ArrayHandler = ocp.type_handlers.ArrayHandler
+BroadcastHandler = ocp.type_handlers.SingleReplicaArrayHandler
+NumpyHandler = ocp.type_handlers.NumpyHandler
 STOCK = ArrayHandler.deserialize
-BROADCAST = ocp.type_handlers.SingleReplicaArrayHandler.deserialize
+METHODS = {kind: kind.deserialize for kind in (ArrayHandler, BroadcastHandler, NumpyHandler)}
 
 
 @pytest.fixture(autouse=True)
-def stock_method_before_and_after():
-    assert ArrayHandler.deserialize is STOCK
+def stock_methods_before_and_after():
+    assert {kind: kind.deserialize for kind in METHODS} == METHODS
     yield
-    assert ArrayHandler.deserialize is STOCK
-    assert ocp.type_handlers.SingleReplicaArrayHandler.deserialize is BROADCAST
+    assert {kind: kind.deserialize for kind in METHODS} == METHODS
 
 
 def mesh(*shape: int, reverse: bool = False) -> Mesh:
@@ -53,7 +57,7 @@ def put(array, *spec, on: Mesh | None = None):
 
 
 def state() -> dict:
-    """Every leaf of this one is restored by jaxgds."""
+    """Every leaf of this one is restored by jaxgds, but the numbers."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -220,12 +224,16 @@ def test_every_way_to_restore(saved, tree, target):
         ours = way.restore(path, wanted)
     oracle.assert_same(ours, stock)
     report = oracle.last_report()
-    arrays = [x for x in jax.tree.leaves(stock) if isinstance(x, jax.Array)]
     assert (report.path, report.fallbacks) == ("host", {})
-    assert report.arrays == len(arrays) > 10
-    assert report.bytes_restored == sum(
-        sum({str(s.index): s.data.nbytes for s in a.addressable_shards}.values()) for a in arrays
-    )
+    assert report.arrays == count_arrays(stock) > 10
+    assert report.bytes_restored == sum(map(distinct_bytes, jax.tree.leaves(stock)))
+
+
+def distinct_bytes(leaf) -> int:
+    """Bytes of the distinct shards of an array; of all of a numpy array; 0 of a number."""
+    if not isinstance(leaf, jax.Array):
+        return getattr(leaf, "nbytes", 0)
+    return sum({str(s.index): s.data.nbytes for s in leaf.addressable_shards}.values())
 
 
 @pytest.mark.parametrize("fmt", oracle.FORMATS, ids=oracle.format_id)
@@ -287,7 +295,7 @@ def test_partial_restores(item, tree):
 
 
 def count_arrays(tree) -> int:
-    return sum(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+    return sum(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(tree))
 
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -388,11 +396,66 @@ def test_layouts_and_memory_kinds_are_left_to_orbax(item, tree):
         assert report.path == "orbax" and set(report.fallbacks) == {"f32"}
 
 
-def test_leaves_restored_as_numpy_are_not_ours(item, tree):
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    publish(jaxgds.TransferReport("before"))
-    _, report = both(item, tree, args)
-    assert report.path == "before"
+# Leaves restored as numpy arrays.
+
+
+@pytest.mark.parametrize("fmt", oracle.FORMATS, ids=oracle.format_id)
+def test_everything_as_numpy(tmp_path, tree, fmt):
+    tree = {**tree, "f64": np.arange(5) / 7}
+    path = oracle.save(tmp_path / "item", tree, fmt, chunk_bytes=96)
+    args = jax.tree.map(
+        lambda x: ocp.RestoreArgs(restore_type=np.ndarray if hasattr(x, "dtype") else None), tree
+    )
+    restore = ocp.args.PyTreeRestore(item=tree, restore_args=args)
+    with ocp.PyTreeCheckpointer() as c:
+        stock = c.restore(path, args=restore)
+        with jaxgds.orbax.installed(strict=True):
+            ours = c.restore(path, args=restore)
+    oracle.assert_same(ours, stock)
+    report = oracle.last_report()
+    assert report.path == "host" and report.arrays == count_arrays(tree)
+    for leaf in jax.tree.leaves(ours):
+        if isinstance(leaf, np.ndarray):
+            assert leaf.flags.writeable and leaf.flags.c_contiguous and leaf.flags.aligned
+
+
+@pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])
+def test_numpy_and_device_arrays_are_in_one_report(tmp_path, way, pair):
+    tree = {**pair, "n": np.arange(10), "m": np.ones((4, 4), np.float16), "step": 3}
+    WAYS[way].save(tmp_path / "c", tree)
+    with jaxgds.orbax.installed(strict=True):
+        for _ in range(2):
+            oracle.assert_same(WAYS[way].restore(tmp_path / "c", abstract(tree)), tree)
+            report = oracle.last_report()
+            assert report.arrays == 4 and report.path == "host"
+            assert report.bytes_restored == sum(tree[name].nbytes for name in "wvnm")
+    bad = {**abstract(tree), "n": np.zeros(10, np.int16)}
+    stock = WAYS[way].restore(tmp_path / "c", bad)
+    with jaxgds.orbax.installed():
+        oracle.assert_same(WAYS[way].restore(tmp_path / "c", bad), stock)
+    report = oracle.last_report()
+    assert report.path == "mixed" and report.arrays == 3
+    assert set(report.fallbacks) == {"n"} and "int64 to int16" in report.fallbacks["n"]
+
+
+@pytest.mark.parametrize(
+    "device, host, path",
+    [
+        ("gds", "host", "gds"),
+        ("pinned", "host", "pinned"),
+        ("host", "host", "host"),
+        ("mixed", "host", "mixed"),
+        ("gds", "orbax", "mixed"),
+        ("gds", "mixed", "mixed"),
+        ("orbax", "host", "mixed"),
+        ("orbax", "orbax", "orbax"),
+    ],
+)
+def test_the_path_of_both(device, host, path):
+    a = jaxgds.TransferReport(device, 1, 2, 3.0, 4.0, 5.0, 6.0, 7, {"a": "x"}, "note")
+    b = jaxgds.TransferReport(host, 10, 20, 30.0, 40.0, 50.0, 60.0, 70, {"b": "y"})
+    expected = (path, 11, 22, 33.0, 44.0, 55.0, 66.0, 77, {"a": "x", "b": "y"}, "note")
+    assert dataclasses.astuple(total(a, b)) == expected
 
 
 def test_a_leaf_saved_from_numpy_restored_as_an_array(item):
@@ -476,16 +539,26 @@ def test_chunks_left_out_because_they_equal_the_fill_value(tmp_path, zarr3):
     tree = {
         "zeros": put(np.zeros((8, 4), np.float32), "x"),
         "w": put(np.ones((8, 4), np.float32), "x"),
+        "numpy": np.zeros((2, 2)),
     }
     path = oracle.save(tmp_path / "item", tree, (False, zarr3, True))
-    os.remove(os.path.join(path, "zeros", *(("c", "1", "0") if zarr3 else ("1.0",))))
-    with pytest.raises(CheckpointError, match="'zeros'.*missing"), jaxgds.orbax.installed():
-        PyTree().restore(path, abstract(tree))
+    chunks = {
+        name: os.path.join(path, name, *(["c", *index.split(".")] if zarr3 else [index]))
+        for name, index in (("zeros", "1.0"), ("numpy", "0.0"))
+    }
+    for name, chunk in chunks.items():
+        os.rename(chunk, tmp_path / "away")
+        with pytest.raises(CheckpointError, match=f"'{name}'.*missing"), jaxgds.orbax.installed():
+            PyTree().restore(path, abstract(tree))
+        os.rename(tmp_path / "away", chunk)
+    for chunk in chunks.values():
+        os.remove(chunk)
     metadata = tmp_path / "item" / "_METADATA"
     text = json.loads(metadata.read_text())
     metadata.write_text(json.dumps({**text, "store_array_data_equal_to_fill_value": False}))
     _, report = both(path, abstract(tree))
-    assert set(report.fallbacks) == {"zeros"} and "missing" in report.fallbacks["zeros"]
+    assert set(report.fallbacks) == {"zeros", "numpy"} and report.path == "mixed"
+    assert all("missing" in why for why in report.fallbacks.values())
 
 
 def test_saved_shardings_that_do_not_fit_here(tmp_path):
@@ -505,6 +578,22 @@ def test_saved_shardings_that_do_not_fit_here(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="[Ss]harding"), jaxgds.orbax.installed():
         PyTree().restore(path, None)
+
+
+@pytest.mark.parametrize("way", ["PyTree", "V1"])
+def test_shardings_of_the_save_are_warned_of(tmp_path, way, pair):
+    """By jaxgds as by Orbax, which does so for each array, and at another line."""
+    WAYS[way].save(tmp_path / "c", pair)
+    seen = []
+    for context in (threading.Lock(), jaxgds.orbax.installed(strict=True)):
+        with context, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            WAYS[way].restore(tmp_path / "c", None)
+            before = len(caught)
+            WAYS[way].restore(tmp_path / "c", abstract(pair))
+        assert not [w for w in caught[before:] if "harding" in str(w.message)]
+        seen.append({(w.category, str(w.message)) for w in caught if "harding" in str(w.message)})
+    assert seen[0] == seen[1] and len(seen[0]) == 1
 
 
 # The report.
@@ -673,7 +762,37 @@ def test_strict(tmp_path, monkeypatch, pair):
             assert oracle.last_report().path == "before"
 
 
+@pytest.mark.parametrize("names, says", [(("v",), "1 array would"), (("v", "w"), "2 arrays would")])
+def test_how_many_fall_back(tmp_path, pair, names, says):
+    path = oracle.save(tmp_path / "item", {name: pair[name] for name in names})
+    target = {name: odd(pair)["v"] for name in names}
+    with jaxgds.orbax.installed(strict=True), pytest.raises(jaxgds.FallbackError, match=says):
+        PyTree().restore(path, target)
+
+
+def test_a_handler_does_not_drop_another_one():
+    """A registered load-and-broadcast, or a handler of the user's own."""
+    for kind in (BroadcastHandler, type("Mine", (ArrayHandler,), {})):
+        stock = ocp.type_handlers.get_type_handler(jax.Array)
+        ocp.type_handlers.register_type_handler(jax.Array, kind(), override=True)
+        try:
+            with pytest.raises(NotImplementedError, match=f"{kind.__name__}.*install"):
+                jaxgds.orbax.handler()
+        finally:
+            ocp.type_handlers.register_type_handler(jax.Array, stock, override=True)
+
+
 # Failure, threads.
+
+
+@pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])
+def test_a_lost_database_is_the_error_it_is_in_orbax(tmp_path, way, pair):
+    WAYS[way].save(tmp_path / "c", pair)
+    for folder in list((tmp_path / "c").rglob("d")):
+        shutil.rmtree(folder)
+    # Orbax's own tests, of checkpoints damaged like this, look for these words.
+    with jaxgds.orbax.installed(), pytest.raises(ValueError, match="Error opening .* driver:"):
+        WAYS[way].restore(tmp_path / "c", abstract(pair))
 
 
 @pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])

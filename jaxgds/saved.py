@@ -1,0 +1,73 @@
+"""What Orbax saved beside the arrays: their shardings, and which of them are PRNG keys.
+
+All use of Orbax names that are not public sits here.
+"""
+
+import json
+import os
+import warnings
+from base64 import urlsafe_b64decode
+
+from jax.sharding import Sharding
+
+from jaxgds.errors import CheckpointError
+
+
+# Orbax's own words: who filters this warning, filters it here too.
+_FROM_FILE = (
+    "Sharding info not provided when restoring. Populating sharding info from sharding file. "
+    "Please note restoration time will be slightly increased due to reading from file. Note also "
+    "that this option is unsafe when restoring on a different topology than the checkpoint was "
+    "saved with."
+)
+
+
+class SavedShardings:
+    """The shardings the arrays were saved with, from the `_sharding` file, parsed on demand."""
+
+    def __init__(self, folder: str, warn: bool = True):
+        self._file = os.path.join(folder, "_sharding")
+        self._warn = warn
+        self._strings: dict[str, str] | None = None
+
+    def get(self, name: str) -> Sharding:
+        from orbax.checkpoint._src.metadata import sharding as sharding_metadata
+
+        if self._strings is None:
+            if self._warn and os.path.exists(self._file):
+                warnings.warn(_FROM_FILE, stacklevel=2)
+            try:
+                with open(self._file, "rb") as f:
+                    encoded = json.load(f)
+                self._strings = {urlsafe_b64decode(k).decode(): v for k, v in encoded.items()}
+            except FileNotFoundError:
+                self._strings = {}
+            except (ValueError, AttributeError) as e:
+                raise CheckpointError(f"{self._file}: damaged sharding file: {e}") from e
+        text = self._strings.get(name)
+        if not text:
+            raise NotImplementedError("no sharding was given and none was saved")
+        try:
+            return sharding_metadata.from_serialized_string(text).to_jax_sharding()
+        except (ValueError, NotImplementedError) as e:
+            raise NotImplementedError(f"its saved sharding does not fit here: {e}") from e
+
+
+def random_keys(folder: str) -> dict[str, str]:
+    """Array name -> implementation of the PRNG keys it holds, from `array_metadatas/`."""
+    metadata = os.path.join(folder, "array_metadatas")
+    names: dict[str, str] = {}
+    if not os.path.isdir(metadata):
+        return names
+    for file in sorted(os.listdir(metadata)):
+        path = os.path.join(metadata, file)
+        try:
+            with open(path, "rb") as f:
+                entries = json.load(f)["array_metadatas"]
+            for entry in entries:
+                array = entry["array_metadata"]
+                if impl := (array["ext_metadata"] or {}).get("random_key_impl"):
+                    names[array["param_name"]] = impl
+        except (ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{path}: damaged array metadata: {e!r}") from e
+    return names
