@@ -6,12 +6,13 @@ for tokens in generate(model, prompts, caches, new_tokens=80): ...
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -138,11 +139,14 @@ class Llama(nnx.Module):
         The old caches are donated. Each layer is a jitted call, compiled once for all layers;
         `jax.jit` around the whole works too: fewer calls, a longer compilation.
         """
-        x, new = self.embed(tokens), []
+        x, new = self.embedded(tokens), []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = run_block(block, x, cache)
             new.append(cache)
         return run_head(self, x[:, -1:] if last_only else x), new
+
+    def embedded(self, tokens: Int[Array, "batch new"]) -> Float[Array, "batch new dim"]:
+        return self.embed(tokens)
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -183,12 +187,14 @@ def make_caches(config: Config, fmt: Format, batch: int, max_len: int) -> list[C
     return [DenseCache.create(dtype, *shape) for _ in range(config.layers)]
 
 
-def abstract_model(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_model(
+    config: Config, mesh: Mesh, model: Callable[..., Llama] = Llama
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The model without weights: its structure, and a restore target that says where they go.
 
     Every matrix is split along its last dimension over the mesh's one axis if that divides it.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: model(config, nnx.Rngs(0))))
 
     def place(x):
         split = x.ndim == 2 and x.shape[1] % mesh.size == 0
@@ -196,3 +202,16 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return graph, jax.tree.map(place, state)
+
+
+def filled(
+    config: Config,
+    weights: Iterable[tuple[tuple[str | int, ...], np.ndarray]],
+    model: Callable[..., Llama] = Llama,
+) -> Llama:
+    """The model with these weights, each with its path, on the first device."""
+    graph, target = abstract_model(config, Mesh(jax.devices()[:1], ("model",)), model)
+    params: dict[Any, Any] = dict(nnx.to_flat_state(target))
+    for path, x in weights:
+        params[path] = params[path].replace(jax.device_put(x, jax.devices()[0]))
+    return nnx.merge(graph, nnx.from_flat_state(params))

@@ -4,11 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
-import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from examples import download, llama
@@ -29,17 +26,18 @@ LAYER_NAMES = {
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-FILE = download.MODEL
+START = ()  # tokens that every text begins with
+
+
+def fetch(folder: Path) -> Path:
+    """The model's GGUF file."""
+    return download.fetch(download.MODEL, folder)
 
 
 def read_model(reader: gguf.GGUFReader) -> llama.Llama:
     """The model with its weights, on the first device."""
     config = read_config(reader)
-    graph, target = llama.abstract_model(config, Mesh(jax.devices()[:1], ("model",)))
-    params, state = dict(nnx.to_flat_state(target)), {}
-    for path, x in read_weights(reader, config):
-        state[path] = params[path].replace(jax.device_put(x, jax.devices()[0]))
-    return nnx.merge(graph, nnx.from_flat_state(state))
+    return llama.filled(config, read_weights(reader, config))
 
 
 def read_config(reader: gguf.GGUFReader) -> Config:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compares the next-token distributions with those of a bf16 cache. The model code comes "
         "from the repository's examples/: run it from a checkout with the examples extra.",
     )
-    quality.add_argument("--model", default="smollm2", choices=("smollm2",))
+    quality.add_argument("--model", default="smollm2", choices=("smollm2", "gemma3"))
     quality.add_argument("--dir", default=".demo", help="where downloads are kept")
     quality.add_argument("--formats", help="comma-separated, such as K4V4 (keys, values) or fp8")
     quality.add_argument("--window", default="128", help="newest tokens in bf16; comma-separated")
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quality.add_argument(
         "--key-offset", default="on", choices=("on", "off", "both"), help="subtract a mean key"
     )
-    quality.add_argument("--texts", type=int, default=2, help="how many texts are read")
-    quality.add_argument("--tokens", type=int, default=2048, help="of each text")
+    quality.add_argument("--texts", type=int, help="how many texts are read")
+    quality.add_argument("--tokens", type=int, help="of each text")
     quality.add_argument("--chunk", type=int, default=64, help="tokens read at a time")
     quality.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
     quality.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
@@ -185,9 +185,12 @@ def _bench_quality(args: argparse.Namespace) -> int:
     )
     formats = args.formats.split(",") if args.formats else quality.FORMATS
     caches = quality.cases(formats, settings)
-    model, tokens, text = quality.load(args.model, args.dir, args.texts, args.tokens)
+    name, texts, tokens = quality.MODELS[args.model]
+    model, tokens, text = quality.load(
+        args.model, args.dir, args.texts or texts, args.tokens or tokens
+    )
     found = quality.run(model, tokens, caches, args.chunk)
-    found |= {"model": quality.MODELS[args.model], "text": text}
+    found |= {"model": name, "text": text}
     if args.json != "-":
         print(quality.table(found))
     _write_json(args.json, found)

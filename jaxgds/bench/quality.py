@@ -22,7 +22,11 @@ import pallas_kernels as pk
 
 
 FORMATS = ("fp8", "K8V8", "K4V4", "K4V3", "K3V3", "K3V2", "K2V2")
-MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+# Name, number of texts, tokens in each: Gemma's sliding window is not to come into play.
+MODELS = {
+    "smollm2": ("SmolLM2-135M-Instruct", 2, 2048),
+    "gemma3": ("Gemma-3-270M", 4, 512),
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,16 @@ def load(model: str, folder: Path | str, windows: int, tokens: int) -> tuple[Any
             f"{e.name} is missing: the models are example code; run this from a checkout of the "
             "repository, after pip install -e '.[examples]'"
         ) from e
-    reader = code.open_gguf(download.fetch(code.FILE, folder))
+    reader = code.open_gguf(code.fetch(folder))
     text = download.fetch(download.PROSE, folder).read_text()
     articles = "\n\n".join(line.strip() for line in text.splitlines())
     ids = code.read_tokenizer(reader).encode(articles).ids
     if len(ids) < windows * tokens:
         raise ValueError(f"the text has {len(ids)} tokens, not {windows=} times {tokens=}")
-    ids = np.array(ids[: windows * tokens], np.int32).reshape(windows, tokens)
-    return code.read_model(reader), ids, download.PROSE.member
+    body = tokens - len(code.START)
+    ids = np.array(ids[: windows * body], np.int32).reshape(windows, body)
+    start = np.tile(np.array(code.START, np.int32), (windows, 1))
+    return code.read_model(reader), np.concatenate([start, ids], axis=1), download.PROSE.member
 
 
 def cases(formats: Sequence[str], settings: Settings = Settings()) -> dict[str, Any]:
@@ -137,7 +143,9 @@ def plot(found: dict[str, Any], file: str) -> None:
     for row in found["results"]:
         if row["name"] != "bf16":
             axes.plot(row["bits"], row["kl"], "s" if row["name"] == "fp8" else "o", color="C0")
-            axes.annotate(row["name"], (row["bits"], row["kl"]), fontsize=7)
+            place = {"xytext": (5, 3), "textcoords": "offset points"}
+            axes.annotate(row["name"], (row["bits"], row["kl"]), fontsize=7, **place)
+    axes.margins(x=0.2)
     axes.set(yscale="log", xlabel="bits per number, scale included", ylabel="KL to bf16, nats")
     axes.set_title(found.get("model", ""), fontsize=10)
     figure.savefig(file, dpi=150)
