@@ -151,9 +151,10 @@ def quantize_prod(x: Float[Array, "*batch length"], bits: int = 4, seed: int = 0
     x: bf16, f16 or f32, any length that 8 divides; bits: 1 to 4, one of them for the sign of the
     residual (QJL). Here its matrix is orthogonal rather than Gaussian, which has 2.75 times less
     variance.
-    For search, where the errors of many products must not share a sign. Not for attention: softmax
-    turns variance, not bias, into error, and a product at b bits here has twice the variance of one
-    with `quantize(x, b, scale_mode="eden")`, which is unbiased too.
+    For inner-product search, where a common shrinkage would not average out. Not for attention:
+    softmax turns variance into error and hardly sees a shrinkage, and at equal bits the variance
+    here is 1.5 (2 bits) to 2 times (4 bits) that of `quantize(..., scale_mode="eden")`, whose
+    products with x itself are exact.
     Raises ValueError for another dtype, length, bits or seed.
     """
     if bits not in PROD_BITS:
@@ -174,11 +175,12 @@ def outlier_channels(calibration: Float[Array, "*batch head_dim"], count: int) -
 def quantize_split(
     x: Float[Array, "*batch head_dim"], bits: int, outliers: Sequence[int], seed: int = 0
 ) -> QuantizedSplit:
-    """Channels `outliers` at bits + 1 and the others at bits (section 4.3): 2.5 and 3.5 bits.
+    """Channels `outliers` at bits + 1 and the others at bits: the paper's 2.5 and 3.5 bits.
 
     x: bf16, f16 or f32; bits: 2 or 3; outliers: distinct channels, chosen once for all vectors
-    (see `outlier_channels`). 8 divides the number of them and of the others. 32 of 128 channels
-    are 2.25 bits of codes at bits=2, and 2.5 with the two scales; 64 of 128 are 2.5 and 2.75.
+    (see `outlier_channels`). 8 divides the number of them and of the others. The paper's 32 of
+    128 channels are, at bits=2, 2.25 bits of codes, and 2.5 with the two scales; 64 of 128 are
+    2.5 and 2.75.
     Raises ValueError for arguments that do not fit.
     """
     if bits not in SPLIT_BITS:
