@@ -79,7 +79,7 @@ class StoredArray:
             yield index, self.chunk(index)
 
     def _value(self, outer: tuple[int, ...]) -> Source:
-        key = f"{self.name}/{self.layout.key(outer)}"
+        key = value_key(self.name, self.layout.key(outer))
         try:
             return self._values[key]
         except KeyError:
@@ -103,19 +103,22 @@ class StoredArray:
 
 
 class Index:
-    """The arrays of one Orbax item directory, by parameter name (key path joined by dots)."""
+    """The arrays of one Orbax item directory, by parameter name (key path joined by dots).
+
+    An item that is a single array, not a tree, has the name "".
+    """
 
     def __init__(self, path: str, values: Mapping[str, Source]):
         self.path = path
         self._values = values
 
     def __contains__(self, name: str) -> bool:
-        return f"{name}/.zarray" in self._values or f"{name}/zarr.json" in self._values
+        return any(value_key(name, file) in self._values for file in (".zarray", "zarr.json"))
 
     def names(self) -> list[str]:
         """Names of all arrays, sorted."""
-        keys = (key.rsplit("/", 1) for key in self._values)
-        return sorted({k[0] for k in keys if k[-1] in (".zarray", "zarr.json")})
+        keys = (key.rpartition("/") for key in self._values)
+        return sorted({name for name, _, file in keys if file in (".zarray", "zarr.json")})
 
     def array(self, name: str) -> StoredArray:
         """The array called `name`.
@@ -124,8 +127,8 @@ class Index:
           CheckpointError: there is none, or its metadata is damaged.
           NotImplementedError: its encoding is not read here (codec, order, filter).
         """
-        v2 = self._values.get(f"{name}/.zarray")
-        v3 = self._values.get(f"{name}/zarr.json")
+        v2 = self._values.get(value_key(name, ".zarray"))
+        v3 = self._values.get(value_key(name, "zarr.json"))
         if v2 is None and v3 is None:
             raise CheckpointError(
                 f"{self.path}: no array {name!r} in this checkpoint; it has {_few(self.names())}"
@@ -220,6 +223,11 @@ def _tail(source: Source, nbytes: int, name: str) -> bytes:
     if len(data) != nbytes:
         raise CheckpointError(f"array {name!r}: {where} is truncated")
     return data
+
+
+def value_key(name: str, rest: str) -> str:
+    """Key of `rest`, metadata or a chunk; an array that is the whole item has no folder."""
+    return f"{name}/{rest}" if name else rest
 
 
 def _where(source: Source) -> str:

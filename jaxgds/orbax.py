@@ -245,7 +245,7 @@ def _leaf(index: Index, saved: SavedShardings, key_impls: Mapping[str, str], inf
     if wanted_shape is not None and tuple(wanted_shape) != logical:
         raise NotImplementedError(f"stored with shape {logical}, wanted {tuple(wanted_shape)}")
     if dtype is not None and dtype != stored and not _castable(stored, dtype):
-        raise NotImplementedError(f"a cast from {stored} to {dtype}")
+        raise NotImplementedError(f"a cast from {stored} to {jax.numpy.dtype(dtype)}")
     wanted = Wanted(array, _sharding(arg, info.name, saved), dtype)
     why = restore.unsupported(wanted)
     if why is not None:

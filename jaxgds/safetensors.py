@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxgds.errors import CheckpointError
-from jaxgds.index import Extent, StoredArray
+from jaxgds.index import Extent, StoredArray, value_key
 from jaxgds.zarr import Layout
 
 
@@ -155,7 +155,7 @@ def read_header(file: str) -> dict[str, StoredArray]:
         name: StoredArray(
             name,
             layout,
-            {f"{name}/{layout.key((0,) * len(layout.shape))}": Extent(file, base + a, b - a)},
+            {value_key(name, layout.key((0,) * len(layout.shape))): Extent(file, base + a, b - a)},
         )
         for name, layout, a, b in tensors
     }

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import jaxgds
 import jaxgds.orbax
 from jaxgds.errors import CheckpointError
+from jaxgds.index import open_index
 from jaxgds.report import publish, total
 
 
@@ -256,6 +257,21 @@ def test_every_v1_format(tmp_path, tree, zarr3, ocdbt, compress):
     with jaxgds.orbax.installed(strict=True):
         ours = ocp.v1.load(path, abstract(tree))
     oracle.assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("ocdbt", [False, True])
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("leaf", ["w", "numpy", "keys"])
+def test_an_array_that_is_no_tree(tmp_path, tree, leaf, zarr3, ocdbt):
+    array = {**tree, "w": put(np.arange(32.0, dtype=np.float32).reshape(8, 4), "x", "y")}[leaf]
+    path = oracle.save_v1(tmp_path / "v1", array, zarr3=zarr3, ocdbt=ocdbt)
+    for target in (None, abstract(array)):
+        stock = ocp.v1.load(path, target)
+        with jaxgds.orbax.installed(strict=True):
+            ours = ocp.v1.load(path, target)
+        oracle.assert_same(ours, stock)
+        assert oracle.last_report().arrays == 1
+    assert open_index(os.path.join(path, "state")).names() == [""]
 
 
 def both(path, item, restore_args=None, **kwargs):
