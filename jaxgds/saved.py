@@ -13,12 +13,10 @@ from jax.sharding import Sharding
 from jaxgds.errors import CheckpointError
 
 
-# Orbax's own words: who filters this warning, filters it here too.
+# Begins as Orbax's own warning does: who filters that one, filters this one too.
 _FROM_FILE = (
-    "Sharding info not provided when restoring. Populating sharding info from sharding file. "
-    "Please note restoration time will be slightly increased due to reading from file. Note also "
-    "that this option is unsafe when restoring on a different topology than the checkpoint was "
-    "saved with."
+    "Sharding info not provided when restoring. Arrays get the shardings of the checkpoint's "
+    "_sharding file, which may not fit another topology than it was saved on."
 )
 
 
