@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxgds.bench.checkpoints import FORMATS
 
@@ -106,9 +107,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from jaxgds.inspect import inspect, table
 
     found = inspect(args.path)
-    if args.json != "-":
-        print(table(found))
-    _write_json(args.json, found)
+    _show(args, found, table)
     return 0
 
 
@@ -116,9 +115,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from jaxgds.doctor import doctor, table
 
     found = doctor(args.path)
-    if args.json != "-":
-        print(table(found))
-    _write_json(args.json, found)
+    _show(args, found, table)
     return 0
 
 
@@ -136,9 +133,7 @@ def _bench_restore(args: argparse.Namespace) -> int:
         cold=args.cold,
         report=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    if args.json != "-":
-        print(restore.table(found))
-    _write_json(args.json, found)
+    _show(args, found, restore.table)
     if args.plot:
         restore.plot(found, args.plot)
     return 1 if any("error" in row for row in found["results"]) else 0
@@ -166,9 +161,7 @@ def _bench_decode(args: argparse.Namespace) -> int:
         tuple(args.formats.split(",")) if args.formats else decode.FORMATS,
         report=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    if args.json != "-":
-        print(decode.table(found))
-    _write_json(args.json, found)
+    _show(args, found, decode.table)
     if args.plot:
         decode.plot(found, args.plot)
     return 1 if any("error" in row for row in found["results"]) else 0
@@ -191,19 +184,20 @@ def _bench_quality(args: argparse.Namespace) -> int:
     )
     found = quality.run(model, tokens, caches, args.chunk)
     found |= {"model": name, "text": text}
-    if args.json != "-":
-        print(quality.table(found))
-    _write_json(args.json, found)
+    _show(args, found, quality.table)
     if args.plot:
         quality.plot(found, args.plot)
     return 0
 
 
-def _write_json(file: str | None, value: object) -> None:
-    if file == "-":
-        json.dump(value, sys.stdout, indent=1)
+def _show(args: argparse.Namespace, found: Any, table: Callable[[Any], str]) -> None:
+    """Prints the table, and writes JSON where --json says; '-' is stdout, without the table."""
+    if args.json == "-":
+        json.dump(found, sys.stdout, indent=1)
         print()
-    elif file:
-        with open(file, "w") as f:
-            json.dump(value, f, indent=1)
+        return
+    print(table(found))
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(found, f, indent=1)
             f.write("\n")

@@ -1,5 +1,6 @@
 """`jaxgds.load`: a checkpoint on disk -> a pytree of arrays, each with its sharding."""
 
+import dataclasses
 import glob
 import json
 import os
@@ -146,14 +147,12 @@ def _load_safetensors(
         result.update(zip(direct, arrays, strict=True))
     result.update({name: _through_numpy(wanted[name]) for name in fallbacks})
     report.publish(
-        TransferReport(
-            **{
-                **done.__dict__,
-                "path": "mixed" if direct and fallbacks else done.path,
-                "seconds": time.perf_counter() - start,
-                "index_seconds": indexed - start,
-                "fallbacks": fallbacks,
-            }
+        dataclasses.replace(
+            done,
+            path="mixed" if direct and fallbacks else done.path,
+            seconds=time.perf_counter() - start,
+            index_seconds=indexed - start,
+            fallbacks=fallbacks,
         )
     )
     ordered = [result[name] for name in leaves]
