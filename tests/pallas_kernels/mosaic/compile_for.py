@@ -1,9 +1,10 @@
-"""Compile the decode kernel for a GPU that is not here: python compile_for.py TARGET OUT CASES.
+"""Compile kernels for a GPU that is not here: python compile_for.py TARGET OUT CASES.
 
 TARGET: a GpuTargetConfig in text form. OUT: an existing directory for the dumps. CASES: JSON, a
-list of [key_bits, value_bits, head_dim, group]; each leaves its dumps in OUT/<its index>,
-and beside them in `launches` how many kernels a call of decode_attention launches.
-One process per target: jax's compile cache does not know the target.
+list of {"kernel": a function of this module, its parameters...}; each leaves its dumps in OUT/<its
+index>, and beside them in `launches` how many kernels a call launches. A kernel that a case before
+has compiled leaves no dumps again. One process per target: jax's compile cache does not know the
+target.
 """
 
 import json
@@ -14,26 +15,35 @@ from pathlib import Path
 from unittest import mock
 
 
-def compile_case(
-    target: str, out: Path, key_bits: int, value_bits: int, head_dim: int, group: int
-) -> None:
+def decode(key_bits: int, value_bits: int, head_dim: int, group: int):
+    """What is compiled, and its arguments (arrays or their shapes and dtypes)."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.experimental.mosaic.gpu import utils
-    from jax.sharding import NamedSharding, PartitionSpec
 
     import pallas_kernels as pk
     from pallas_kernels import mosaic
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    here = NamedSharding(mesh, PartitionSpec())
     fmt = pk.KVFormat(key_bits, value_bits)
     cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 8, 4096, 8, head_dim))
     q = jax.ShapeDtypeStruct((8, 8 * group, head_dim), jnp.bfloat16)
+    return mosaic.decode_attention, (q, cache)
+
+
+KERNELS = {"decode": decode}
+
+
+def compile_case(target: str, out: Path, kernel: str, **parameters) -> None:
+    import jax
+    from jax.experimental import topologies
+    from jax.experimental.mosaic.gpu import utils
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
+    function, arguments = KERNELS[kernel](**parameters)
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (q, cache)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments
     )
     capability = mesh.devices.flat[0].compute_capability
     arch = tuple(int(part) for part in capability.split("."))
@@ -42,7 +52,7 @@ def compile_case(
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
         mock.patch.object(utils, "_infer_arch", lambda: arch),
     ):
-        compiled = jax.jit(mosaic.decode_attention).lower(*arguments).compile()
+        compiled = jax.jit(function).lower(*arguments).compile()
     entry = str(compiled.as_text()).partition("\nENTRY ")[2]
     (out / "launches").write_text(str(len(re.findall(r" (?:fusion|custom-call|copy)\(", entry))))
 
@@ -53,4 +63,4 @@ if __name__ == "__main__":
     for i, case in enumerate(cases):
         (out / str(i)).mkdir()
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(out / str(i))
-        compile_case(target, out / str(i), *case)
+        compile_case(target, out / str(i), **case)

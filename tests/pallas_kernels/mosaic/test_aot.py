@@ -1,0 +1,118 @@
+"""Ahead-of-time compilation of the kernels, down to machine code, without a GPU."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+HERE = Path(__file__).parent
+TARGETS = HERE.parents[2] / "configs" / "targets"
+SHARED_MEMORY = 227 * 1024
+ARCHITECTURES = {"h100": "sm_90a"}
+COPY = "UTMALDG"  # from memory through TMA
+TENSOR_CORES = {"h100": "HGMMA"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """registers: the most a thread may take. launches: of a whole call, XLA's own included.
+
+    instructions: that each of its kernels must have.
+    """
+
+    target: str
+    kernel: str  # a function of compile_for.py, and its parameters
+    parameters: dict[str, int]
+    registers: int
+    launches: int
+    instructions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "-".join(map(str, [self.target, self.kernel, *self.parameters.values()]))
+
+
+def decode(target, key_bits, value_bits, head_dim, group, registers):
+    parameters = dict(key_bits=key_bits, value_bits=value_bits, head_dim=head_dim, group=group)
+    # Queries that do not fill rows of eight cost a fusion before and one after.
+    launches = 4 if group % 8 else 2
+    return Case(target, "decode", parameters, registers, launches, (COPY, TENSOR_CORES[target]))
+
+
+CASES = [
+    # 128, 168 and 255 registers let four, three and two blocks run at once, which the choice of
+    # splits counts on.
+    decode("h100", 4, 4, 128, 8, registers=128),
+    decode("h100", 3, 3, 128, 8, registers=168),
+    decode("h100", 2, 8, 64, 4, registers=128),
+    decode("h100", 8, 3, 64, 16, registers=128),
+    decode("h100", 4, 4, 256, 8, registers=255),
+]
+
+
+def binaries() -> list[str]:
+    """Where the CUDA wheels keep nvdisasm and ptxas."""
+    nvidia = importlib.util.find_spec("nvidia")
+    roots = list(nvidia.submodule_search_locations or []) if nvidia else []
+    return sorted({str(path.parent) for root in roots for path in Path(root).rglob("nvdisasm")})
+
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        not (importlib.util.find_spec("jax_cuda13_plugin") and binaries()),
+        reason="needs the compilers that the extra aot brings (make test-aot)",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a target's cases leave their dumps. They are compiled when first asked for, all."""
+
+    @functools.cache
+    def folder(target: str) -> Path:
+        out = tmp_path_factory.mktemp(target)
+        path = os.pathsep.join([*binaries(), os.environ["PATH"]])
+        cases = [{"kernel": case.kernel, **case.parameters} for case in of_target(target)]
+        subprocess.run(
+            [sys.executable, HERE / "compile_for.py", TARGETS / f"{target}.textproto", out]
+            + [json.dumps(cases)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PATH": path},
+            check=True,
+        )
+        return out
+
+    return folder
+
+
+def of_target(target: str) -> list[Case]:
+    return [case for case in CASES if case.target == target]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_to(folder, case):
+    out = folder(case.target) / str(of_target(case.target).index(case))
+
+    def dumps(suffix):
+        return [path.read_text() for path in out.glob(f"*.{suffix}")]
+
+    reports = dumps("ptxas")
+    assert reports  # of every kernel that no case before has
+    assert all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+    registers = [int(re.findall(r"Used (\d+) registers", report)[0]) for report in reports]
+    assert max(registers) <= case.registers
+    assert all(f".target {ARCHITECTURES[case.target]}" in ptx for ptx in dumps("ptx"))
+    for resources in dumps("resources.txt"):
+        assert int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]) <= SHARED_MEMORY
+    for code in dumps("sass_ctrl"):
+        assert "LDL" not in code
+        assert [name for name in case.instructions if name not in code] == []
+    assert (out / "launches").read_text() == str(case.launches)
