@@ -70,19 +70,25 @@ def restore(
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
     allocation = arrays.Allocation(destinations, [dtypes[d.array] for d in destinations])
     buffers = allocation.buffers
+    bytes_read, planned = 0, start
+
+    def plan() -> list[Read]:
+        nonlocal bytes_read, planned
+        with _collector_paused():
+            made = make_plan(pairs, destinations=destinations)
+            reads = in_order(made.reads, allocation.order)
+        bytes_read, planned = made.source_nbytes, time.perf_counter()
+        return reads
+
     try:
         if engine is None:
             engine = engine_for({b.device for b in buffers})
-        with _collector_paused():
-            plan = make_plan(pairs, destinations=destinations)
-            reads = in_order(plan.reads, allocation.order)
-        planned = time.perf_counter()
-        engine.read(reads, buffers)
+        engine.read(plan, buffers)
     finally:
         filled = allocation.arrays()
     read = time.perf_counter()
     shards: dict[str, list] = {w.array.name: [] for w in wanted}
-    for destination, array in zip(plan.destinations, filled, strict=True):
+    for destination, array in zip(destinations, filled, strict=True):
         shards[destination.array].append((destination, array))
     restored = [
         arrays.assemble(w.array.layout, w.sharding, shards[w.array.name], w.dtype) for w in wanted
@@ -90,7 +96,7 @@ def restore(
     jax.block_until_ready(restored)
     report = TransferReport(
         path=engine.path,
-        bytes_read=plan.source_nbytes,
+        bytes_read=bytes_read,
         bytes_restored=sum(b.nbytes for b in buffers),
         seconds=time.perf_counter() - start,
         plan_seconds=planned - start,
@@ -118,7 +124,7 @@ def restore_to_host(
         plan = make_plan(pairs, destinations=destinations)
     planned = time.perf_counter()
     engine = HostEngine()
-    engine.read(plan.reads, [Buffer(a.ctypes.data, a.nbytes, None) for a in made])
+    engine.read(lambda: plan.reads, [Buffer(a.ctypes.data, a.nbytes, None) for a in made])
     end = time.perf_counter()
     report = TransferReport(
         path=engine.path,

@@ -49,9 +49,10 @@ class Engine(Protocol):
     path: str
     note: str
 
-    def read(self, reads: Sequence[Read], buffers: Sequence[Buffer]) -> None:
-        """Carries out `reads`; `buffers[i]` is the memory of destination i.
+    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence[Buffer]) -> None:
+        """Carries out the reads that `plan` makes; `buffers[i]` is the memory of destination i.
 
+        `plan` is called once, on the calling thread, while the engine's own threads get ready.
         Returns, or raises, only when nothing touches the buffers any more.
 
         Raises:
@@ -81,6 +82,6 @@ def engine_for(devices: set[jax.Device], force: str | None = None) -> Engine:
         ordinals = sorted(device.local_hardware_id for device in devices)
         if name == "gds" or (name is None and gds.missing() is None):
             return gds.GdsEngine(ordinals, proof=name is None)
-        return PinnedEngine(ordinals)
+        return PinnedEngine()
     forced = f"no engine {name!r}" if name else "no engine"
     raise NotImplementedError(f"{forced} for {'+'.join(sorted(platforms))} devices")

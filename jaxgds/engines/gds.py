@@ -14,7 +14,7 @@ import importlib.util
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxgds.engines import cuda
@@ -62,10 +62,10 @@ class GdsEngine:
         self.path, self.note = "gds", ""
         self._ordinals, self._proof = ordinals, proof
 
-    def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
+    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence["Buffer"]) -> None:
         start_counting()
         before = direct_reads()
-        mine, others, why = self._share_out(reads, [ordinal_of(buffer) for buffer in buffers])
+        mine, others, why = self._share_out(plan(), [ordinal_of(buffer) for buffer in buffers])
         if any(mine.values()):
             with _files() as files:
                 run_threads(
@@ -78,7 +78,7 @@ class GdsEngine:
             if direct_reads() == before:
                 why.append("cuFile counted no direct read: it ran in its compatibility mode")
         if others:
-            PinnedEngine(self._ordinals).read(others, buffers)
+            PinnedEngine().read(lambda: others, buffers)
             self.path = "mixed" if any(mine.values()) else "pinned"
         self.note = "; ".join(dict.fromkeys(why))
 

@@ -36,9 +36,9 @@ class HostEngine:
     def __init__(self, threads: int | None = None):
         self._threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
-    def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
+    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence["Buffer"]) -> None:
         with plain_files() as files:
-            run_all([lambda r=read: _read(r, files, buffers) for read in reads], self._threads)
+            run_all([lambda r=read: _read(r, files, buffers) for read in plan()], self._threads)
 
 
 def run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:

@@ -21,40 +21,35 @@ if TYPE_CHECKING:
     from jaxgds.engines import Buffer
 
 
+# Bytes of a strided copy's row from which on the bus carries rows as fast as one piece.
+LONG_ROW = 2 << 10
+
+
 class PinnedEngine:
     """Reads onto GPUs; one thread per lane of the process's pinned ring.
 
     Args:
-      ordinals: the GPUs; pinning for them starts now, in the background.
       ring: None takes the ring that all restores of this process share.
+
+    Raises:
+      NotImplementedError: there is no NVIDIA driver here.
     """
 
     path = "pinned"
     note = ""
 
-    def __init__(self, ordinals: Sequence[int], ring: Ring | None = None):
+    def __init__(self, ring: Ring | None = None):
         cuda.driver()
-        if ring is None:
-            ring = _shared_ring(tuple(sorted(set(ordinals))))
-        self._ring = ring
+        self._ring = ring or _process_ring()
 
-    def read(self, reads: Sequence[Read], buffers: Sequence["Buffer"]) -> None:
-        if not reads:
-            return
+    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence["Buffer"]) -> None:
         with self._ring.busy, plain_files() as plain, direct_files() as files:
-            _Restore(self._ring, reads, buffers, plain, files).run()
+            _Restore(self._ring, buffers, plain, files).run(plan)
 
 
 @functools.cache
 def _process_ring() -> Ring:
     return Ring()
-
-
-@functools.cache
-def _shared_ring(ordinals: tuple[int, ...]) -> Ring:
-    ring = _process_ring()
-    ring.warm(list(ordinals))
-    return ring
 
 
 class _Restore:
@@ -63,7 +58,6 @@ class _Restore:
     def __init__(
         self,
         ring: Ring,
-        reads: Sequence[Read],
         buffers: Sequence["Buffer"],
         plain: OpenFiles[io.FileIO],
         files: OpenFiles[DirectFile],
@@ -71,15 +65,27 @@ class _Restore:
         self._ring, self._buffers = ring, buffers
         self._plain, self._files = plain, files
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
-        self._work = by_device(reads, self._ordinals)
+        self._work: dict[int, Iterator[Read]] = {}
+        self._planned = threading.Event()
 
-    def run(self) -> None:
-        lanes = self._ring.lanes(sorted(self._work))
-        run_threads([functools.partial(self._lane, lane, ordinal) for lane, ordinal in lanes])
+    def run(self, plan: Callable[[], Sequence[Read]]) -> None:
+        def share_out() -> None:
+            try:
+                self._work = by_device(plan(), self._ordinals)
+            finally:
+                self._planned.set()
+
+        # The first restore of a process pins its lanes, which takes longer than to plan.
+        lanes = self._ring.lanes(sorted(set(self._ordinals)))
+        targets = [functools.partial(self._lane, lane, ordinal) for lane, ordinal in lanes]
+        run_threads(targets, meanwhile=share_out)
 
     def _lane(self, lane: Lane, home: int, stop: threading.Event) -> None:
         near(home)
         lane.open(home)
+        while not self._planned.wait(0.1):
+            if stop.is_set():
+                return
         try:
             for read in self._todo(home):
                 if stop.is_set():
@@ -90,7 +96,7 @@ class _Restore:
 
     def _todo(self, home: int) -> Iterator[Read]:
         """The reads for GPU `home`, then what the other GPUs' lanes have not begun."""
-        yield from self._work[home]
+        yield from self._work.get(home, ())
         for ordinal, reads in self._work.items():
             if ordinal != home:
                 yield from reads
@@ -146,15 +152,19 @@ class _Restore:
         for ordinal, pieces in per_gpu.items():
             stream, src, on_device = lane.stream(ordinal), slot.pointer + at, False
             try:
-                # Rows cross the bus at a half to nine tenths of its rate, and are copied on the
-                # device at four times. But several GPUs would each have to take all of it.
-                if len(per_gpu) == 1 and not all(p.contiguous for p in pieces):
+                # Short rows cross the bus at a fraction of its rate, and are copied on the
+                # device at several times that. But several GPUs would each have to take all of it.
+                if len(per_gpu) == 1 and any(_short_rows(p) for p in pieces):
                     scratch = lane.scratch(ordinal, segment.nbytes)
                     cuda.submit("cuMemcpyHtoDAsync_v2", scratch, src, segment.nbytes, stream)
                     src, on_device = scratch, True
                 copy_pieces(pieces, src, self._buffers, stream, on_device=on_device)
             finally:
                 lane.release(slot, ordinal)
+
+
+def _short_rows(piece: Piece) -> bool:
+    return not piece.contiguous and piece.shape[-1] < LONG_ROW
 
 
 def copy_pieces(
@@ -172,18 +182,24 @@ def copy_pieces(
             cuda.copy_box(box, src, dst, stream, on_device=on_device)
 
 
-def run_threads(targets: Sequence[Callable[[threading.Event], None]]) -> None:
+def run_threads(
+    targets: Sequence[Callable[[threading.Event], None]],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
     """Runs each target on a thread; on the first failure tells all to stop, joins, and raises it.
 
     Args:
       targets: each takes the event that tells it to stop.
+      meanwhile: runs on the calling thread.
     """
-    stop = threading.Event()
+    begin, stop = threading.Event(), threading.Event()
     failed: list[BaseException] = []
 
     def run(target: Callable[[threading.Event], None]) -> None:
+        begin.wait()
         try:
-            target(stop)
+            if not stop.is_set():
+                target(stop)
         except BaseException as e:
             failed.append(e)
             stop.set()
@@ -192,10 +208,13 @@ def run_threads(targets: Sequence[Callable[[threading.Event], None]]) -> None:
     try:
         for thread in threads:
             thread.start()
+        begin.set()  # not earlier: the kernel makes no thread while another one pins memory
+        meanwhile()
         for thread in threads:
             thread.join()
     except BaseException:  # Ctrl-C: leave no thread behind that writes into the buffers
         stop.set()
+        begin.set()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

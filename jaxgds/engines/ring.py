@@ -12,7 +12,7 @@ from jaxgds.engines import cuda
 
 
 # Measured on one H100 and 16 cores.
-THREADS_PER_GPU = 16
+THREADS_PER_GPU = 12
 SLOTS = 2
 SLOT_BYTES = 4 << 20
 # A slot has room for a read that is widened to whole blocks at both ends.
@@ -48,27 +48,22 @@ class Lane:
         self._next = 0
         self._scratch: dict[int, tuple[int, int]] = {}  # GPU -> (pointer, bytes)
         self._current: int | None = None
-        self._opening = threading.Lock()
-
-    def pin(self, ordinal: int) -> None:
-        """Pins the slots, on whatever thread calls first; GPU `ordinal` becomes its current one."""
-        cuda.use(ordinal)
-        with self._opening:
-            if not self._slots:
-                nbytes = self.slot_bytes + MARGIN
-                memory = self._memory = cuda.Pinned(self._count * nbytes)
-                self._slots = [
-                    Slot(memory.pointer + at, memory.view[at : at + nbytes])
-                    for at in range(0, self._count * nbytes, nbytes)
-                ]
-                for slot in self._slots:
-                    slot.events[ordinal] = cuda.event()
-                self._streams.at(ordinal)
 
     def open(self, ordinal: int) -> None:
-        """Hands the lane to the calling thread."""
-        self.pin(ordinal)
+        """Hands the lane to the calling thread; pins the slots when it is first used."""
+        cuda.use(ordinal)
         self._current = ordinal
+        if self._slots:
+            return
+        nbytes = self.slot_bytes + MARGIN
+        memory = self._memory = cuda.Pinned(self._count * nbytes)
+        self._slots = [
+            Slot(memory.pointer + at, memory.view[at : at + nbytes])
+            for at in range(0, self._count * nbytes, nbytes)
+        ]
+        for slot in self._slots:
+            slot.events[ordinal] = cuda.event()
+        self._streams.at(ordinal)
 
     def slot(self) -> Slot:
         """The slot that was used longest ago, free again."""
@@ -180,22 +175,14 @@ class Ring:
         # Two, so that one copies to the device while the other scatters there.
         self._streams = (Streams(), Streams())
         self._lanes: list[Lane] = []
-        self._growing = threading.Lock()
 
     def lanes(self, ordinals: list[int]) -> list[tuple[Lane, int]]:
         """Lanes for a restore onto these GPUs, each with the GPU it works for first."""
         count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
-        with self._growing:
-            while len(self._lanes) < count:
-                streams = self._streams[len(self._lanes) // 2 % 2]
-                self._lanes.append(Lane(self._slots, self.slot_bytes, streams))
-            lanes = self._lanes[:count]
-        return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(lanes)]
-
-    def warm(self, ordinals: list[int]) -> None:
-        """Begins to pin, in the background; whoever needs a lane before it is ready waits."""
-        for lane, ordinal in self.lanes(ordinals):
-            threading.Thread(target=_pin, args=(lane, ordinal), name="jaxgds-pin").start()
+        while len(self._lanes) < count:
+            streams = self._streams[len(self._lanes) // 2 % 2]
+            self._lanes.append(Lane(self._slots, self.slot_bytes, streams))
+        return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(self._lanes[:count])]
 
     def close(self) -> None:
         for lane in self._lanes:
@@ -203,14 +190,6 @@ class Ring:
         self._lanes.clear()
         for streams in self._streams:
             streams.close()
-
-
-def _pin(lane: Lane, ordinal: int) -> None:
-    near(ordinal)
-    try:
-        lane.pin(ordinal)
-    except (cuda.CudaError, OSError):
-        pass  # the thread that needs the lane meets the same error, and reports it
 
 
 def near(ordinal: int) -> None:
