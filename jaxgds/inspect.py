@@ -90,7 +90,7 @@ def table(found: dict[str, Any]) -> str:
     stored = max(total["stored_nbytes"], 1)
     lines += [
         "",
-        f"{total['arrays']} arrays, {_size(total['nbytes'])} "
+        f"{total['arrays']} array{'s' if total['arrays'] != 1 else ''}, {_size(total['nbytes'])} "
         f"({_size(total['stored_nbytes'])} stored) in {total['chunks']} chunks "
         f"and {total['files']} files",
         f"read in place (not compressed): {total['direct_nbytes'] / stored:.0%} of stored bytes",

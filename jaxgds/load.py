@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from jaxgds import orbax, report, restore
+from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
@@ -57,6 +56,10 @@ def load(
 
 
 def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
+    import orbax.checkpoint as ocp  # not needed for safetensors, and slow to import
+
+    from jaxgds import orbax
+
     checkpointer = ocp.Checkpointer(orbax.handler(strict=strict, warn=False))
     try:
         if target is None:
@@ -107,7 +110,13 @@ def _load_safetensors(
 ) -> Any:
     start = time.perf_counter()
     index = open_safetensors(path)
-    stored = {new: name for name in index.names() if (new := rename(name)) is not None}
+    stored: dict[str, str] = {}
+    for name in index.names():
+        new = rename(name)
+        if new is not None and stored.setdefault(new, name) != name:
+            raise ValueError(
+                f"{path}: rename gives the tensors {stored[new]!r} and {name!r} one name, {new!r}"
+            )
     if target is None:
         leaves = {name: None for name in stored}
         treedef = None
@@ -163,7 +172,7 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
     """A leaf's key path joined by dots; an nnx.Variable's `.value` is not part of the name."""
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return ".".join(ocp.tree.str_keypath(path))
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _through_numpy(wanted: Wanted) -> jax.Array:

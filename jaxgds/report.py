@@ -44,7 +44,7 @@ class TransferReport:
 
 
 def total(device: TransferReport, host: TransferReport) -> TransferReport:
-    """The two parts of one restore, onto devices and into numpy arrays, as one report."""
+    """Two parts of one restore as one report."""
     mine = ("host", device.path) if device.path != "orbax" else ("orbax",)
     added = {
         field.name: getattr(device, field.name) + getattr(host, field.name)

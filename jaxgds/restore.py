@@ -1,6 +1,7 @@
 """index -> plan -> allocate -> read -> arrays: the way every restore takes."""
 
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from jaxgds import arrays
 from jaxgds.engines import Buffer, Engine, HostEngine, engine_for
 from jaxgds.index import StoredArray
 from jaxgds.plan import Destination, Read, all_shards, make_plan
-from jaxgds.report import TransferReport
+from jaxgds.report import TransferReport, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,9 @@ def restore(
       CheckpointError: a file is missing, truncated or damaged. Nothing is returned then.
       ValueError: a sharding does not fit its array's shape.
     """
+    platforms = [_platform(w.sharding) for w in wanted]
+    if engine is None and len(set(platforms)) > 1:
+        return _by_platform(wanted, platforms)
     start = time.perf_counter()
     pairs = [(w.array, w.sharding) for w in wanted]
     destinations = all_shards(pairs)
@@ -105,6 +109,24 @@ def restore(
         note=engine.note,
     )
     return restored, report
+
+
+def _platform(sharding: Sharding) -> str:
+    return next(iter(sharding.addressable_devices)).platform
+
+
+def _by_platform(
+    wanted: Sequence[Wanted], platforms: Sequence[str]
+) -> tuple[list[jax.Array], TransferReport]:
+    """Restores onto CPUs and GPUs one after the other: each has its engine."""
+    made: dict[int, jax.Array] = {}
+    reports = []
+    for platform in sorted(set(platforms)):
+        some = [i for i, p in enumerate(platforms) if p == platform]
+        arrays, done = restore([wanted[i] for i in some])
+        made.update(zip(some, arrays, strict=True))
+        reports.append(done)
+    return [made[i] for i in range(len(wanted))], functools.reduce(total, reports)
 
 
 def restore_to_host(

@@ -15,6 +15,7 @@ import zstandard
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxgds
 import jaxgds.orbax
 from jaxgds.arrays import Allocation
 from jaxgds.engines import PinnedEngine, gds
@@ -266,3 +267,20 @@ def test_a_failed_allocation_stops_the_reads(tmp_path, leaks_nothing):
     allocation.buffers[0]._pointer = fail
     with pytest.raises(MemoryError, match="no memory"):
         engine.read(lambda: plan.reads, allocation.buffers)
+
+
+def test_one_restore_onto_cpu_and_gpu(tmp_path):
+    data = numbers(64, 32)
+    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"a": data, "b": data + 1})
+    target = {
+        "a": jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=cpu),
+        "b": jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=one()),
+    }
+    got = jaxgds.load(tmp_path / "c", target, strict=True)
+    report = jaxgds.last_report()
+    assert report is not None and (report.path, report.arrays) == ("mixed", 2)
+    for name, offset in {"a": 0, "b": 1}.items():
+        assert got[name].sharding == target[name].sharding
+        np.testing.assert_array_equal(got[name], data + offset)

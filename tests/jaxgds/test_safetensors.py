@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +131,18 @@ def test_renamed_into_an_nnx_state(folder):
     model = nnx.merge(graph, state)
     assert same_bytes(model.embed[...], TENSORS["model.embed"])
     assert same_bytes(model.norm[...], TENSORS["model.norm"])
+
+
+def test_two_tensors_of_one_name(folder):
+    with pytest.raises(ValueError, match="'model.embed' and 'model.norm' one name, 'x'"):
+        jaxgds.load(folder, rename=lambda n: "x" if n in ("model.embed", "model.norm") else None)
+
+
+def test_orbax_is_not_imported_for_safetensors(folder):
+    code = "import sys, jaxgds; jaxgds.load(sys.argv[1]); print('orbax.checkpoint' in sys.modules)"
+    run = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def test_index_json_and_directories(tmp_path):
