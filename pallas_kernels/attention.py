@@ -3,17 +3,16 @@
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import xla
+from pallas_kernels import device, xla
 from pallas_kernels.cache import KVCache, valid_counts
 
 
 type Implementation = Literal["xla", "mosaic_gpu"]
-
-# What None means. To be chosen by the device, once the kernels' GPU tests (make test-gpu) pass.
-_DEFAULT: Implementation = "xla"
 
 
 def decode_attention(
@@ -21,23 +20,37 @@ def decode_attention(
     cache: KVCache,
     scale: float | None = None,
     implementation: Implementation | None = None,
+    *,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "batch q_heads head_dim"]:
     """Attention of each sequence's newest token, already appended, over the whole cache.
 
     q_heads is a multiple of the cache's kv_heads (grouped queries); scale: of the scores, default
-    head_dim**-0.5; implementation: "mosaic_gpu" is the kernel for Hopper GPUs, None the default.
+    head_dim**-0.5; soft_cap: scores s become soft_cap * tanh(s / soft_cap); sliding_window: only
+    the newest that many tokens are attended to, the sinks only where they are among them.
+    implementation: "mosaic_gpu" is the kernel for Hopper GPUs (compute capability 9.0), "xla" runs
+    everywhere; None is the kernel on these GPUs wherever it can do the case, else "xla".
     Returns q's shape and dtype: zeros for an empty sequence, NaN for one that overflowed.
     Raises ValueError for arguments that do not fit, NotImplementedError (with the reason) where
-    "mosaic_gpu" cannot run: on this device, with this page_size or so many queries a KV head.
+    "mosaic_gpu" cannot run: on this device, or with so many queries a KV head.
     """
-    _check("q [batch, q_heads, head_dim]", q, 3, cache, implementation)
-    if (implementation or _DEFAULT) == "mosaic_gpu":
+    _check("q [batch, q_heads, head_dim]", q, 3, cache, implementation, soft_cap, sliding_window)
+
+    def plain(q, cache):
+        oldest = None if sliding_window is None else cache.lengths[:, None] - sliding_window
+        rows = _rows(q[:, None], cache, scale)
+        return _queries(xla.attend(rows, cache, None, oldest, soft_cap), q[:, None])[:, 0]
+
+    def kernel(q, cache):
         from pallas_kernels import mosaic  # only where it is used: it takes a second to import
 
-        mosaic.require_hopper(q)
-        return mosaic.decode_attention(q, cache, scale)
-    rows = _rows(q[:, None], cache, scale)
-    return _queries(xla.attend(rows, cache), q[:, None])[:, 0]
+        fixed = None if scale is None else float(scale)
+        return mosaic.decode_attention(
+            q, cache, fixed, soft_cap=soft_cap, sliding_window=sliding_window
+        )
+
+    return _choose(implementation, plain, kernel, q, cache)
 
 
 def prefill_attention(
@@ -48,14 +61,19 @@ def prefill_attention(
     scale: float | None = None,
     lengths: Int32[Array, " batch"] | None = None,
     implementation: Implementation | None = None,
+    *,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Array, "batch new q_heads head_dim"]:
     """Attention of a chunk of new tokens, over the whole cache and causally over the chunk.
 
     The chunk is appended afterwards (`cache.append(k, v, lengths)`). lengths: how many of its
     tokens are valid, from the front, default all; the others give zeros. k and v are rounded to
-    bf16, as the cache stores them. Otherwise as `decode_attention`.
+    bf16, as the cache stores them. sliding_window counts the query's own token. Otherwise as
+    `decode_attention`, but "mosaic_gpu" has no kernel yet: it raises NotImplementedError.
     """
-    _check("q [batch, new, q_heads, head_dim]", q, 4, cache, implementation)
+    name = "q [batch, new, q_heads, head_dim]"
+    _check(name, q, 4, cache, implementation, soft_cap, sliding_window)
     if implementation == "mosaic_gpu":
         raise NotImplementedError(f'{implementation=} has no prefill kernel; use "xla" or None')
     cache.check_new(k, v)
@@ -64,7 +82,11 @@ def prefill_attention(
     batch, new, q_heads, _ = q.shape
     place = jnp.arange(new, dtype=jnp.int32)
     query = jnp.repeat(place, q_heads // k.shape[2])
-    mask = jnp.broadcast_to((place[:, None] <= query[None])[None], (batch, new, query.size))
+    mask, oldest = place[:, None] <= query[None], None
+    if sliding_window is not None:
+        first = query[None] + 1 - sliding_window
+        mask, oldest = mask & (place[:, None] >= first), cache.lengths[:, None] + first
+    mask = jnp.broadcast_to(mask[None], (batch, new, query.size))
     valid = None
     if lengths is not None:
         count = valid_counts(lengths, k)[:, None]
@@ -72,11 +94,37 @@ def prefill_attention(
         valid = (place[None] < count)[..., None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
     k, v = (x.astype(jnp.bfloat16).swapaxes(1, 2) for x in (k, v))
-    out = _queries(xla.attend(_rows(q, cache, scale), cache, (k, v, mask)), q)
+    rows = _rows(q, cache, scale)
+    out = _queries(xla.attend(rows, cache, (k, v, mask), oldest, soft_cap), q)
     return out if valid is None else jnp.where(valid, out, 0)
 
 
-def _check(name: str, q: Array, ndim: int, cache: KVCache, implementation: str | None) -> None:
+def _choose(implementation: str | None, plain, kernel, q: Array, cache: KVCache) -> Array:
+    """The result of `plain` or of the `kernel`, functions of (q, cache)."""
+    if implementation == "xla" or not implementation and device.compute_capability(q) != "9.0":
+        return plain(q, cache)
+    from pallas_kernels import mosaic  # only where it is used: it takes a second to import
+
+    if implementation:
+        mosaic.require_hopper(q)
+        return kernel(q, cache)
+    if mosaic.unsupported(q, cache) is not None:
+        return plain(q, cache)
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((q, cache)))
+    if traced:  # where it will run is certain only once it is lowered
+        return jax.lax.platform_dependent(q, cache, cuda=kernel, default=plain)
+    return kernel(q, cache)
+
+
+def _check(
+    name: str,
+    q: Array,
+    ndim: int,
+    cache: KVCache,
+    implementation: str | None,
+    soft_cap: float | None,
+    sliding_window: int | None,
+) -> None:
     batch, kv_heads, _, head_dim = cache.recent_k.shape
     if q.ndim != ndim or (q.shape[0], q.shape[-1]) != (batch, head_dim):
         raise ValueError(f"{name} has {q.shape=}, but the cache has {batch=}, {head_dim=}")
@@ -86,6 +134,10 @@ def _check(name: str, q: Array, ndim: int, cache: KVCache, implementation: str |
         raise ValueError(f"{q.dtype=} is not a floating-point type")
     if implementation not in (None, "xla", "mosaic_gpu"):
         raise ValueError(f'{implementation=} is not "xla", "mosaic_gpu" or None')
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{soft_cap=} is not positive; use None for no cap")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"{sliding_window=} is not positive; use None to attend to every token")
 
 
 def _rows(q: Array, cache: KVCache, scale: float | None) -> Array:

@@ -2,4 +2,5 @@
 
 from pallas_kernels.mosaic.attention import decode_attention as decode_attention
 from pallas_kernels.mosaic.attention import require_hopper as require_hopper
+from pallas_kernels.mosaic.attention import unsupported as unsupported
 from pallas_kernels.mosaic.config import Config as Config

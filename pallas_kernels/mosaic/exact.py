@@ -1,5 +1,7 @@
 """What of decode attention is not compressed: queries, sinks and the ring of new tokens."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -22,7 +24,7 @@ TILE = 64  # rows of what is brought to shared memory at a time
 LOWEST = -1e30
 
 
-def rotate_queries(rotation, q_parts, factor, tile, arrived, q_s, interpret):
+def rotate_queries(rotation, q_parts, factor, tile, arrived, q_s, interpret, matmul=matmul):
     """Writes factor * (rotation @ q) / scale as float16 to q_s; returns scale.
 
     rotation: bf16 [d, d] in global memory; q: the sum of its bf16 parts [rows, d] in shared memory;
@@ -59,12 +61,34 @@ def products(q_parts, vector, interpret):
     return total
 
 
-def attend(q_parts, sinks, ring, length, packed, factor, tile, arrived, p_parts, interpret):
+def capped(s, cap):
+    """cap * tanh(s / cap), to float32's accuracy, which the GPU's own tanh has not."""
+    # 1 / x as a square: a reciprocal that is approximate enough to be one instruction.
+    root = lax.rsqrt(jnp.exp2(s * (2 * math.log2(math.e) / cap)) + 1)
+    return cap - (2 * cap) * (root * root)
+
+
+def attend(
+    q_parts,
+    sinks,
+    ring,
+    length,
+    packed,
+    factor,
+    tile,
+    arrived,
+    p_parts,
+    interpret,
+    soft_cap=None,
+    oldest=None,
+    matmul=matmul,
+):
     """Softmax of one sequence and KV head over its sinks and its ring.
 
     sinks (or None), ring: (k, v), [tokens, d] in global memory; length, packed: all tokens of
-    the sequence and the packed ones; p_parts: two bf16 [rows, TILE] in shared memory. Returns
-    the output [d, rows] and the base-2 logarithm of the sum of exponentials.
+    the sequence and the packed ones; p_parts: two bf16 [rows, TILE] in shared memory; soft_cap: of
+    the scores times factor; oldest: position of the first token to attend to, None for all.
+    Returns the output [d, rows] and the base-2 logarithm of the sum of exponentials.
     """
     rows, d = q_parts[0].shape
     slots, first = ring[0].shape[0], sinks[0].shape[0] if sinks else 0
@@ -74,10 +98,15 @@ def attend(q_parts, sinks, ring, length, packed, factor, tile, arrived, p_parts,
         full((rows,), LOWEST, plgpu.Layout.WGMMA.reduce(0)),
     )
 
+    def integers(value):
+        return plgpu.layout_cast(jnp.full((TILE, rows), value, jnp.int32), plgpu.Layout.WGMMA)
+
     def sink(t, state):
         k_sinks, v_sinks = sinks
         acc, total, shift = state
         s = products(q_parts, k_sinks.at[t], interpret) * factor
+        if soft_cap is not None:
+            s = capped(s, soft_cap)
         raised = jnp.maximum(shift, s)
         down, p = jnp.exp2(shift - raised), jnp.exp2(s - raised)
         v = along_rows(load_rows(v_sinks.at[t], interpret), rows)
@@ -93,13 +122,22 @@ def attend(q_parts, sinks, ring, length, packed, factor, tile, arrived, p_parts,
         for part in q_parts:
             s = matmul(tile, part, interpret, s)
         # The only token that a slot can hold: the first one, from the end of the packed on, in it.
-        # Pages and ring end at multiples of a page, so a tile's tokens are consecutive.
-        ahead = lax.rem(i * TILE - lax.rem(packed, slots) + slots, slots)
-        left = length - first - packed - ahead
-        valid = plgpu.broadcasted_iota(
+        # Up to the end of the ring that is `ahead` tokens after the end of the packed.
+        slot = plgpu.broadcasted_iota(
             jnp.int32, (TILE, rows), 0, layout=plgpu.Layout.WGMMA
-        ) < plgpu.layout_cast(jnp.full((TILE, rows), left, jnp.int32), plgpu.Layout.WGMMA)
-        s = jnp.where(valid, s * factor, full((TILE, rows), LOWEST))
+        ) + integers(i * TILE)
+        end = lax.rem(packed, slots)
+        ahead = slot - integers(end)
+        ahead = jnp.where(ahead < integers(0), ahead + integers(slots), ahead)
+        valid = ahead < integers(length - first - packed)
+        if oldest is not None:
+            valid &= ahead >= integers(oldest - first - packed)
+        if slots % TILE:
+            valid &= slot < integers(slots)
+        s = s * factor
+        if soft_cap is not None:
+            s = capped(s, soft_cap)
+        s = jnp.where(valid, s, full((TILE, rows), LOWEST))
         raised = jnp.maximum(shift, column(jnp.max(s, axis=0)))
         down = jnp.exp2(shift - raised)
         p = jnp.exp2(s - along_columns(raised, TILE))
@@ -115,7 +153,8 @@ def attend(q_parts, sinks, ring, length, packed, factor, tile, arrived, p_parts,
         return acc, total * down + column(jnp.sum(p, axis=0)), raised
 
     if sinks:
-        state = lax.fori_loop(0, jnp.minimum(length, first), sink, state)
-    acc, total, shift = lax.fori_loop(0, slots // TILE, ring_tile, state)
+        start = 0 if oldest is None else jnp.maximum(oldest, 0)
+        state = lax.fori_loop(start, jnp.minimum(length, first), sink, state)
+    acc, total, shift = lax.fori_loop(0, -(-slots // TILE), ring_tile, state)
     out = acc * along_columns(1 / jnp.maximum(total, 1e-30), d)
     return out, shift + jnp.log2(total)

@@ -68,16 +68,29 @@ def tables(bits: int) -> np.ndarray:
 
 
 def load_levels(
-    planes, table, bits: int, rows: int, n: int, *, rows_of: int | None = None, interpret: bool
+    planes,
+    table,
+    bits: int,
+    rows: int,
+    n: int,
+    *,
+    rows_of: int | None = None,
+    page_size: int | None = None,
+    part: int = 0,
+    interpret: bool,
 ):
     """Levels of packed rows in shared memory, float16 [rows, n], columns in slot order.
 
-    planes: uint8 refs of any shape that hold [rows, n * plane_bits / 8] contiguously. table: the
-    two words of `tables(bits)`. rows_of: value_bits whose `page_rows` orders the rows; None keeps
-    the order.
+    planes: uint8 refs of any shape that hold [rows, n * plane_bits / 8] contiguously; if page_size
+    is given [pages, rows, page_size * plane_bits / 8], whose pages make up the n = 64 columns, or
+    whose only page holds them as its part-th 64. table: the two words of `tables(bits)`. rows_of:
+    value_bits whose `page_rows` orders the rows; None keeps the order.
     """
+    size = page_size or n
     if interpret:
-        levels = _plain_levels([plane[...].reshape(rows, -1) for plane in planes], bits)
+        pages = max(1, n // size)
+        levels = _plain_levels([plane[...].reshape(pages, rows, -1) for plane in planes], bits)
+        levels = jnp.moveaxis(levels, 0, 1).reshape(rows, -1)[:, part * n : (part + 1) * n]
         levels = levels[:, slots(bits, n, jnp)]
         return levels if rows_of is None else levels[page_rows(rows_of, jnp)]
 
@@ -96,7 +109,7 @@ def load_levels(
             for half in range(2):
                 row = _add(quad, tile * ROWS + half * _half_step(rows_of))
                 words = [
-                    _load_words(ref, row, lane, n * width // 8)
+                    _load_words(ref, rows, row, lane, n * width // 32, 4 * size // n, part)
                     for ref, width in zip(refs, packing.plane_bits(bits), strict=True)
                 ]
                 for step, four in enumerate(_fours(bits, words, table)):
@@ -106,10 +119,15 @@ def load_levels(
     return load(tuple(planes), tuple(table))
 
 
-def load_scales(ref, value_bits: int, *, interpret: bool):
-    """Scales of a page's 64 tokens in the order of `page_rows`, float32 [64], one per row."""
+def load_scales(ref, value_bits: int, *, page_size: int = ROWS, interpret: bool):
+    """Scales of 64 tokens in the order of `page_rows`, float32 [64], one per row.
+
+    ref: bf16 [64]; for pages of fewer tokens [pages, 64], of which the first page_size are theirs.
+    """
+    size = min(page_size, ROWS)
     if interpret:
-        return ref[...].astype(jnp.float32)[page_rows(value_bits, jnp)]
+        scales = ref[...].astype(jnp.float32).reshape(-1, ROWS)[:, :size].reshape(-1)
+        return scales[page_rows(value_bits, jnp)]
     layout = plgpu.Layout.WGMMA.reduce(1)
 
     @inline(
@@ -121,6 +139,9 @@ def load_scales(ref, value_bits: int, *, interpret: bool):
         out = np.empty(layout.to_mgpu().registers_shape((ROWS,)), object)
         for half in range(2):
             place = _add(token, half * _half_step(value_bits))
+            if size < ROWS:
+                page = arith.shrui(place, _c(size.bit_length() - 1))
+                place = arith.addi(arith.muli(page, _c(ROWS)), _and(place, size - 1))
             word = arith.extui(_i(32), _load(ref, arith.muli(place, _c(2)), _i(16), 2))
             value = arith.bitcast(ir.F32Type.get(), arith.shli(word, _c(16)))
             one = ir.VectorType.get((1,), ir.F32Type.get())
@@ -128,6 +149,26 @@ def load_scales(ref, value_bits: int, *, interpret: bool):
         return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
 
     return load(ref)
+
+
+def tokens(value_bits: int, *, interpret: bool):
+    """`page_rows`, float32 [64], one per row."""
+    if interpret:
+        return page_rows(value_bits, jnp).astype(jnp.float32)
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    @inline(arg_types=(), return_type=array((ROWS,), jnp.float32, layout))
+    def rows(_):
+        token, _ = _row_of_thread(value_bits)
+        out = np.empty(layout.to_mgpu().registers_shape((ROWS,)), object)
+        for half in range(2):
+            place = _add(token, half * _half_step(value_bits))
+            value = arith.uitofp(ir.F32Type.get(), place)
+            one = ir.VectorType.get((1,), ir.F32Type.get())
+            out.reshape(2)[half] = vector.broadcast(one, value)
+        return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return rows()
 
 
 def _row_of_thread(rows_of: int | None):
@@ -162,14 +203,27 @@ def _plain_levels(planes: list, bits: int):
     return jnp.where(code >> np.uint8(bits - 1) == 1, -size, size)
 
 
-def _load_words(ref, row, lane, row_bytes: int) -> list:
+def _load_words(ref, rows: int, row, lane, quarter: int, quarters: int, part: int) -> list:
     """A lane's quarter of a row, as 32-bit words.
 
+    quarter: its bytes; quarters: those in a row as it lies in memory, of which part says which
+    four if there are more, and which go on `rows` rows later if there are fewer.
     A quarter of 2 bytes are signs, which two lanes' 32 codes share a word for: the second lane's
-    lie two bits higher.
+    lie two bits higher. Alone, its 16 codes have them in halves, the second's two bits higher.
     """
-    quarter = row_bytes // 4
-    offset = arith.addi(arith.muli(row, _c(row_bytes)), arith.muli(lane, _c(quarter)))
+    offset = arith.muli(row, _c(quarters * quarter))
+    if quarters < 4:
+        page = arith.shrui(lane, _c(quarters // 2))  # of one or two quarters
+        offset = arith.addi(offset, arith.muli(page, _c(rows * quarters * quarter)))
+        if quarters == 2:
+            offset = arith.addi(offset, arith.muli(_and(lane, 1), _c(quarter)))
+    else:
+        offset = arith.addi(offset, arith.muli(lane, _c(quarter)))
+        offset = _add(offset, part * 4 * quarter)
+    if quarter == 2 and quarters == 1:
+        word = arith.extui(_i(32), _load(ref, offset, _i(16), 2))
+        high = _and(arith.shli(word, _c(14)), 0x33330000)
+        return [arith.ori(_and(word, 0x3333), high)]
     if quarter == 2:
         word = _load(ref, _and(offset, ~3), _i(32), 4)
         return [arith.shrui(word, arith.muli(_and(lane, 1), _c(2)))]

@@ -35,16 +35,25 @@ def merge_parts(
     cache: KVCache,
     dtype,
     interpret: bool = False,
+    add_offset: bool | None = None,
+    matmul=matmul,
 ) -> tuple[Float[Array, "batch kv_heads rows head_dim"], ...]:
     """Attention over all parts, as the sum of its own: one of 16 bits, or two for float32.
 
     parts, lse: of `decode_hopper.attention_parts`. The pages' parts are rotated back, once.
+    add_offset: whether lse ends with what the key offset adds; default as the format says.
     """
     batch, heads, _, d, rows = parts.shape
     one = jnp.dtype(dtype).itemsize == 2
     dtypes = (dtype,) if one else (jnp.bfloat16, jnp.bfloat16)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, fmt=cache.fmt, max_len=cache.max_len, interpret=interpret),
+        functools.partial(
+            _kernel,
+            add_offset=cache.fmt.key_offset if add_offset is None else add_offset,
+            max_len=cache.max_len,
+            interpret=interpret,
+            matmul=matmul,
+        ),
         out_type=tuple(jax.ShapeDtypeStruct((batch, heads, rows, d), x) for x in dtypes),
         scratch_types=(
             tuple(smem((TILE, d), jnp.bfloat16) for _ in range(0, d, TILE)),
@@ -61,7 +70,7 @@ def merge_parts(
     return kernel(cache.lengths, jnp.asarray(back, jnp.bfloat16), parts, lse)
 
 
-def _kernel(lengths, back, parts, lse, *refs, fmt, max_len, interpret):
+def _kernel(lengths, back, parts, lse, *refs, add_offset, max_len, interpret, matmul):
     *outputs, back_s, packed_s, out_s, ready = refs
     batch, head = (lax.axis_index(name) for name in ("batch", "head"))
     splits, d, rows = parts.shape[2] - 1, *parts.shape[3:]
@@ -93,7 +102,7 @@ def _kernel(lengths, back, parts, lse, *refs, fmt, max_len, interpret):
     if rest:
         state = add(range(splits - rest, splits), state)
     acc, total, shift = state
-    if fmt.key_offset:
+    if add_offset:
         shift += load_lse(splits + 1)
     exact = load_lse(splits)
     largest = jnp.maximum(shift, exact)

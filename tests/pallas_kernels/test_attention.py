@@ -25,13 +25,19 @@ def filled(fmt, heads, d, lengths=LENGTHS, mean=0.0, room=0):
     return cache.append(k + mean, v, jnp.asarray(lengths))
 
 
-def exact_attention(q, k, v, lengths, scale=None):
+def exact_attention(q, k, v, lengths, scale=None, soft_cap=None, sliding_window=None):
     """float64 attention: q [batch, q_heads, d], k, v [batch, tokens, kv_heads, d]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[-1])
     scores = np.einsum("bkgd,btkd->bkgt", grouped, k, optimize=True)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
-    valid = (np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None]
+    if soft_cap is not None:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    ends = np.asarray(lengths)[:, None]
+    starts = 0 if sliding_window is None else ends - sliding_window
+    tokens = np.arange(k.shape[1])
+    valid = ((tokens < ends) & (tokens >= starts))[:, None, None]
+    scores = np.where(valid, scores, -1e300)
     weights = np.where(valid, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
     weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
     return np.einsum("bkgt,btkd->bkgd", weights, v, optimize=True).reshape(q.shape)
@@ -73,14 +79,32 @@ def test_decode_agrees_for_each_shape_of_the_cache(fmt):
     np.testing.assert_allclose(out, expected, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("group", "chunk"), [(1, 40), (3, 1), (3, 17)])
-def test_prefill_agrees_with_float64(group, chunk):
+# A window of 1 is the token alone, one of 60 ends in the pages of some and cuts off the sinks.
+OPTIONS = [(0.5, None), (None, 1), (None, 60), (2.0, 270)]
+
+
+@pytest.mark.parametrize(("soft_cap", "sliding_window"), OPTIONS)
+def test_decode_with_soft_cap_and_sliding_window(soft_cap, sliding_window):
+    cache = filled(SMALL, 2, 64, mean=0.5)
+    q = normal(len(LENGTHS), 4, 64, seed=3)
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    out = pk.decode_attention(jnp.asarray(q), cache, implementation="xla", **options)
+    expected = exact_attention(q, *cache.dequantize(), LENGTHS, **options)
+    np.testing.assert_allclose(out, expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("group", "chunk", "options"),
+    [(1, 40, {}), (3, 1, {}), (3, 17, {})]
+    + [(2, 17, {"soft_cap": cap, "sliding_window": window}) for cap, window in OPTIONS],
+)
+def test_prefill_agrees_with_float64(group, chunk, options):
     heads, d = 2, 64
     cache = filled(SMALL, heads, d)
     shape = (len(LENGTHS), chunk, heads, d)
     q = normal(len(LENGTHS), chunk, heads * group, d, seed=3)
     k, v = (jnp.asarray(normal(*shape, seed=i), jnp.bfloat16) for i in (4, 5))
-    out = pk.prefill_attention(jnp.asarray(q), k, v, cache)
+    out = pk.prefill_attention(jnp.asarray(q), k, v, cache, **options)
     old_k, old_v = (np.asarray(x, np.float64) for x in cache.dequantize())
     for b, n in enumerate(LENGTHS):
         for i in {0, chunk // 2, chunk - 1}:
@@ -89,7 +113,7 @@ def test_prefill_agrees_with_float64(group, chunk):
                 np.concatenate([old[b, :n], np.asarray(new[b, own], np.float64)])[None]
                 for old, new in ((old_k, k), (old_v, v))
             )
-            expected = exact_attention(q[b : b + 1, i], seen_k, seen_v, [n + i + 1])[0]
+            expected = exact_attention(q[b : b + 1, i], seen_k, seen_v, [n + i + 1], **options)[0]
             np.testing.assert_allclose(out[b, i], expected, rtol=2e-3, atol=1e-5)
 
 
@@ -193,6 +217,13 @@ def keys(*shape) -> tuple[jax.Array, jax.Array]:
         (
             lambda c: pk.decode_attention(zeros(2, 4, 64), c, None, "cuda"),  # pyright: ignore
             "implementation='cuda' is not",
+        ),
+        (lambda c: pk.decode_attention(zeros(2, 4, 64), c, soft_cap=0.0), "soft_cap=0.0"),
+        (
+            lambda c: pk.prefill_attention(
+                zeros(2, 3, 4, 64), *keys(2, 3, 2, 64), c, sliding_window=0
+            ),
+            "sliding_window=0",
         ),
     ],
 )

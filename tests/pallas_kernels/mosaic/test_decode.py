@@ -20,7 +20,16 @@ def interpret(request):
 
 
 def attend_both(
-    interpret, fmt, lengths, group, head_dim, config, dtype=jnp.float32, table=None, kv_heads=1
+    interpret,
+    fmt,
+    lengths,
+    group,
+    head_dim,
+    config,
+    dtype=jnp.float32,
+    table=None,
+    kv_heads=1,
+    **options,
 ):
     rng = np.random.default_rng(7)
     batch, longest = len(lengths), max(lengths)
@@ -31,8 +40,8 @@ def attend_both(
     k, v = jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16)
     cache = cache.append(k, v, jnp.asarray(lengths, jnp.int32))
     q = jnp.asarray(2 * rng.standard_normal((batch, kv_heads * group, head_dim)), dtype)
-    got = mosaic.decode_attention(q, cache, config=config, interpret=interpret)
-    want = pk.decode_attention(q, cache, implementation="xla")
+    got = mosaic.decode_attention(q, cache, config=config, interpret=interpret, **options)
+    want = pk.decode_attention(q, cache, implementation="xla", **options)
     assert got.shape == want.shape and got.dtype == want.dtype
     return np.asarray(got, np.float64), np.asarray(want, np.float64)
 
@@ -70,6 +79,32 @@ def test_ring_that_has_gone_round(interpret):
         assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    ("page_size", "key_bits", "value_bits"),
+    [(16, 4, 3), (16, 3, 4), (32, 8, 3), (32, 4, 2), (128, 2, 3), (128, 4, 8)],
+)
+def test_page_sizes(interpret, page_size, key_bits, value_bits):
+    fmt = pk.KVFormat(key_bits, value_bits, window=9, page_size=page_size)
+    lengths = [4 + 9 + pages * page_size + 3 for pages in (1, 2, 5)]
+    config = mosaic.Config(splits=2, stages=2)
+    got, want = attend_both(interpret, fmt, lengths, 4, 64, config)
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "soft_cap", "sliding_window"),
+    [(64, 3.0, None), (64, None, 180), (64, None, 5), (16, 2.0, 90), (128, 2.0, 90)],
+)
+def test_soft_cap_and_sliding_window(interpret, page_size, soft_cap, sliding_window):
+    fmt = pk.KVFormat(4, 4, window=20, page_size=page_size)
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    config = mosaic.Config(splits=2)
+    got, want = attend_both(interpret, fmt, [300, 200, 40, 2], 3, 64, config, **options)
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other)
+
+
 def test_pages_in_any_order_heads_and_bfloat16(interpret):
     fmt = pk.KVFormat(window=0, sinks=0, key_offset=False)
     table = jnp.asarray([[2, 0, 3], [5, 4, 1]], jnp.int32)
@@ -99,11 +134,8 @@ def test_overflowed_sequence_gives_nan(interpret):
 
 def test_what_the_kernel_cannot_do():
     q = jnp.zeros((1, 17, 64))
-    cache = pk.KVCache.create(pk.KVFormat(page_size=128), 1, 256, 1, 64)
-    with pytest.raises(NotImplementedError, match="page_size=128"):
-        mosaic.decode_attention(q, cache)
     cache = pk.KVCache.create(pk.KVFormat(), 1, 256, 1, 64)
-    with pytest.raises(NotImplementedError, match="16 times"):
+    with pytest.raises(NotImplementedError, match="over 16 query heads"):
         mosaic.decode_attention(q, cache)
 
 
@@ -121,10 +153,15 @@ def test_the_kernel_is_asked_for_by_name():
         pk.prefill_attention(q[:, None], kv, kv, cache, implementation="mosaic_gpu")
 
 
-@pytest.mark.gpu
-def test_the_kernel_runs_through_the_public_function():
+@pytest.fixture
+def hopper():
     if getattr(jax.local_devices()[0], "compute_capability", None) != "9.0":
         pytest.skip("the kernel is for Hopper GPUs")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_the_kernel_runs_through_the_public_function():
     rng = np.random.default_rng(3)
     cache = pk.KVCache.create(pk.KVFormat(), 2, 1024, 2, 128)
     k, v = (jnp.asarray(rng.standard_normal((2, 700, 2, 128)), jnp.bfloat16) for _ in range(2))
@@ -133,3 +170,18 @@ def test_the_kernel_runs_through_the_public_function():
     got = jax.jit(partial(pk.decode_attention, implementation="mosaic_gpu"))(q, cache)
     want = pk.decode_attention(q, cache, implementation="xla")
     assert_close(np.asarray(got, np.float64), np.asarray(want, np.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_the_kernel_is_the_default_where_it_can_run():
+    """Eager or under jit, on a Hopper GPU, for a case that it can do; then "xla" is not."""
+    cpu, gpu = jax.local_devices(backend="cpu")[0], jax.local_devices()[0]
+
+    def kernels(device, heads):
+        cache = pk.KVCache.create(pk.KVFormat(), 1, 256, 1, 64)
+        arguments = jax.device_put((jnp.zeros((1, heads, 64)), cache), device)
+        assert not np.asarray(pk.decode_attention(*arguments)).any()
+        return jax.jit(pk.decode_attention).lower(*arguments).as_text().count("mosaic_gpu")
+
+    assert kernels(gpu, 2) and not kernels(gpu, 17) and not kernels(cpu, 2)
