@@ -33,6 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("path", nargs="?", help="a checkpoint, or any directory")
     doctor.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     doctor.set_defaults(run=_doctor)
+    prepare = commands.add_parser(
+        "prepare",
+        help="pre-shard and pre-quantise into a checkpoint that stock Orbax still restores",
+        description="Writes SRC (a safetensors directory or file, an Orbax checkpoint or a GGUF "
+        "file) into the new directory DST, one chunk a shard of the mesh, laid out for direct "
+        "I/O. With --check, proves DST against the source that it was made from, or against SRC.",
+    )
+    prepare.add_argument("paths", nargs="+", metavar="SRC DST", help="with --check, DST suffices")
+    prepare.add_argument("--mesh", default="tp=1", help="axes of the mesh, as in dp=2,tp=4")
+    prepare.add_argument(
+        "--rules", metavar="FILE", help="parameter name -> PartitionSpec; see configs/rules"
+    )
+    prepare.add_argument("--quantize", default="none", choices=("none", "fp8"))
+    prepare.add_argument("--dtype", help="of parameters that are not quantised, as in bfloat16")
+    prepare.add_argument("--check", action="store_true", help="prove a prepared checkpoint")
+    prepare.add_argument("--json", metavar="FILE", help="write the result ('-': to stdout)")
+    prepare.set_defaults(run=_prepare)
     bench = commands.add_parser("bench", help="measure: restore, decode, quality")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
@@ -98,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `jaxgds inspect ... | head`
         sys.stderr.close()
         return 0
-    except (OSError, ValueError) as e:  # CheckpointError is a ValueError
+    except (OSError, ValueError, NotImplementedError) as e:  # CheckpointError is a ValueError
         print(f"jaxgds {args.command}: {e}", file=sys.stderr)
         return 2
 
@@ -116,6 +133,27 @@ def _doctor(args: argparse.Namespace) -> int:
 
     found = doctor(args.path)
     _show(args, found, table)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from jaxgds import check, prepare, rules
+
+    if len(args.paths) not in ((1, 2) if args.check else (2,)):
+        raise ValueError(f"expected SRC DST, found {args.paths}")
+    if args.check:
+        found = check.check(args.paths[-1], args.paths[0] if len(args.paths) == 2 else None)
+        _show(args, found, check.table)
+        return 1 if found["problems"] else 0
+    found = prepare.prepare(
+        args.paths[0],
+        args.paths[1],
+        mesh=rules.read_mesh(args.mesh),
+        rules=rules.read_rules(args.rules) if args.rules else None,
+        method=None if args.quantize == "none" else args.quantize,
+        dtype=args.dtype,
+    )
+    _show(args, found, prepare.table)
     return 0
 
 
