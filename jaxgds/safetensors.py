@@ -1,54 +1,30 @@
-"""safetensors headers -> the same index that Orbax checkpoints have.
+"""safetensors files -> the same index that Orbax checkpoints have.
 
-Accepts what the reference implementation accepts (safetensors' `Metadata::validate`):
-tensors in offset order leave no hole and do not overlap, and end where the file ends.
+What the caller names is trusted, what a checkpoint names is not: its files lie inside its
+directory, symbolic links followed. One exception keeps the Hugging Face cache working, where a
+file of `models--X/snapshots/REVISION/` is a link into `models--X/blobs/`.
 """
 
 import json
-import math
 import os
+import stat
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import ml_dtypes
-import numpy as np
-
+from jaxgds import safetensors_header
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray, value_key
-from jaxgds.zarr import Layout
+from jaxgds.safetensors_header import DTYPES, Tensor
+from jaxgds.zarr import Layout, unfit
 
 
 MAX_HEADER = 100_000_000  # the reference implementation's limit
-
-DTYPES: Mapping[str, np.dtype] = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "BOOL": np.bool_,
-        "U8": np.uint8,
-        "I8": np.int8,
-        "U16": np.uint16,
-        "I16": np.int16,
-        "U32": np.uint32,
-        "I32": np.int32,
-        "U64": np.uint64,
-        "I64": np.int64,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F32": np.float32,
-        "F64": np.float64,
-        "C64": np.complex64,
-    }.items()
-}
 
 
 class SafetensorsIndex:
     """The tensors of one or more safetensors files, by name."""
 
-    def __init__(self, path: str, arrays: dict[str, StoredArray]):
+    def __init__(self, path: str, arrays: Mapping[str, StoredArray | Tensor]):
         self.path = path
         self._arrays = arrays
 
@@ -59,12 +35,24 @@ class SafetensorsIndex:
         return sorted(self._arrays)
 
     def array(self, name: str) -> StoredArray:
-        """Raises CheckpointError if there is no tensor of that name."""
-        try:
-            return self._arrays[name]
-        except KeyError:
+        """The tensor called `name`.
+
+        Raises:
+          CheckpointError: there is none.
+          NotImplementedError: its elements take less than a byte, or no array has its shape.
+        """
+        array = self._arrays.get(name)
+        if array is None:
             some = ", ".join(map(repr, self.names()[:8]))
-            raise CheckpointError(f"{self.path}: no tensor {name!r}; it has {some}, ...") from None
+            raise CheckpointError(f"{self.path}: no tensor {name!r}; it has {some}, ...")
+        if isinstance(array, Tensor):
+            raise NotImplementedError(
+                f"{self.path}: tensor {name!r}: dtype {array.dtype} is not read; its elements take "
+                "less than a byte"
+            )
+        if why := unfit(array.layout.shape, array.layout.dtype.itemsize):
+            raise NotImplementedError(f"{self.path}: tensor {name!r}: {why}")
+        return array
 
 
 def is_safetensors(path: str) -> bool:
@@ -78,8 +66,8 @@ def open_safetensors(path: str) -> SafetensorsIndex:
     """Opens a file, a `*.safetensors.index.json`, or a directory (its index if it has one).
 
     Raises:
-      CheckpointError: damaged, a tensor in two files, or an index that points outside its
-        directory.
+      CheckpointError: damaged, a tensor in two files, or a file that an index or a link in the
+        directory has outside of it.
     """
     files: dict[str, set[str] | None] = {}  # file -> the tensors to take; None takes all
     if os.path.isdir(path):
@@ -89,12 +77,12 @@ def open_safetensors(path: str) -> SafetensorsIndex:
             raise CheckpointError(f"{path}: has several indices, name one of {indices}")
         if indices:
             return open_safetensors(os.path.join(path, indices[0]))
-        files = {os.path.join(path, n): None for n in names if n.endswith(".safetensors")}
+        files = {_inside(path, n, path): None for n in names if n.endswith(".safetensors")}
     elif path.endswith(".json"):
         files = dict(_weight_map(path))
     else:
         files = {path: None}
-    arrays: dict[str, StoredArray] = {}
+    arrays: dict[str, StoredArray | Tensor] = {}
     for file, wanted in files.items():
         found = read_header(file)
         if wanted is not None and not wanted <= found.keys():
@@ -109,14 +97,15 @@ def open_safetensors(path: str) -> SafetensorsIndex:
     return SafetensorsIndex(path, arrays)
 
 
-def read_header(file: str) -> dict[str, StoredArray]:
-    """The tensors of one file, from its header alone.
+def read_header(file: str) -> dict[str, StoredArray | Tensor]:
+    """The tensors of one file, from its header alone; those that cannot be read as `Tensor`.
 
     Raises:
       CheckpointError: the header is not what the format allows, or does not fit the file.
-      NotImplementedError: a dtype that takes less than a byte.
     """
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would wait for its writer
+            raise CheckpointError(f"{file}: not a regular file")
         with open(file, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             prefix = f.read(8)
@@ -132,63 +121,23 @@ def read_header(file: str) -> dict[str, StoredArray]:
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read: {e}") from e
     try:
-        if not text.startswith(b"{"):
-            raise ValueError("it does not start with '{'")
-        header = json.loads(text.decode(), object_pairs_hook=_unique)
-        _check_metadata(header.pop("__metadata__", None))
-        tensors = [_tensor(name, info) for name, info in header.items()]
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        tensors, end = safetensors_header.parse(text)
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: damaged safetensors header: {e!r}") from e
-    end = 0
-    for name, _, start, stop in sorted(tensors, key=lambda t: t[2:]):
-        if start != end or stop < start:
-            raise CheckpointError(
-                f"{file}: tensor {name!r} lies at [{start}, {stop}), not from {end} on"
-            )
-        end = stop
     if end + 8 + length != size:
         raise CheckpointError(
             f"{file}: has {size} bytes, but its header asks for {end + 8 + length}; truncated?"
         )
-    base = 8 + length
-    return {
-        name: StoredArray(
-            name,
-            layout,
-            {value_key(name, layout.key((0,) * len(layout.shape))): Extent(file, base + a, b - a)},
-        )
-        for name, layout, a, b in tensors
-    }
+    return {name: _stored(name, t, file, 8 + length) for name, t in tensors.items()}
 
 
-def _tensor(name: str, info: Mapping[str, Any]) -> tuple[str, Layout, int, int]:
-    start, stop = info["data_offsets"]
-    shape = tuple(info["shape"])
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"tensor {name!r}: {shape=}, data_offsets=[{start}, {stop}]")
-    if info.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} has the fields {sorted(info)}")
-    dtype = DTYPES.get(info["dtype"])
-    if dtype is None:
-        raise NotImplementedError(f"tensor {name!r}: dtype {info['dtype']!r} is not read")
-    if math.prod(shape) * dtype.itemsize != stop - start:
-        raise ValueError(f"tensor {name!r}: {shape} of {dtype} does not take {stop - start} bytes")
-    chunk = tuple(max(n, 1) for n in shape)
-    return name, Layout(shape, dtype, chunk, chunk, "raw", False, "", "."), start, stop
-
-
-def _check_metadata(metadata: Any) -> None:
-    if metadata is None:
-        return
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("__metadata__ is not a map of strings")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
+def _stored(name: str, tensor: Tensor, file: str, base: int) -> StoredArray | Tensor:
+    if tensor.dtype not in DTYPES:
+        return tensor
+    extent = Extent(file, base + tensor.start, tensor.stop - tensor.start)
+    chunk = tuple(max(n, 1) for n in tensor.shape)
+    layout = Layout(tensor.shape, DTYPES[tensor.dtype], chunk, chunk, "raw", False, "", ".")
+    return StoredArray(name, layout, {value_key(name, layout.key((0,) * len(chunk))): extent})
 
 
 def _weight_map(path: str) -> dict[str, set[str]]:
@@ -202,9 +151,40 @@ def _weight_map(path: str) -> dict[str, set[str]]:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{path}: damaged safetensors index: {e!r}") from e
-    files: dict[str, set[str]] = {}
+    by_file: dict[str, set[str]] = {}
     for name, file in items:
-        if os.path.isabs(file) or os.path.normpath(file).startswith(".."):
-            raise CheckpointError(f"{path}: {name!r} points outside the directory, to {file!r}")
-        files.setdefault(os.path.join(folder, file), set()).add(name)
+        by_file.setdefault(file, set()).add(name)
+    files: dict[str, set[str]] = {}
+    for file, names in by_file.items():  # `a` and `./a` are one file
+        files.setdefault(_inside(folder, file, path), set()).update(names)
     return files
+
+
+def _inside(folder: str, file: str, where: str) -> str:
+    """`file` of `folder`, which `where` names; CheckpointError if it lies outside of it."""
+    path = os.path.normpath(os.path.join(folder, file))
+    if not _is_below(path, os.path.normpath(folder)):
+        raise CheckpointError(f"{where}: points outside its directory, to {file!r}")
+    try:
+        target = os.path.realpath(path)
+        if any(_is_below(target, allowed) for allowed in _allowed(os.path.realpath(folder))):
+            return path
+    except ValueError as e:  # a NUL
+        raise CheckpointError(f"{where}: {file!r} is no name of a file: {e}") from e
+    raise CheckpointError(
+        f"{where}: points outside its directory: {file!r} is a symbolic link to {target}; "
+        "replace it by a copy or a hard link, or load the directory where the files are"
+    )
+
+
+def _allowed(folder: str) -> Iterator[str]:
+    """Where files of a checkpoint in `folder`, free of links, may lie."""
+    yield folder
+    snapshots = os.path.dirname(folder)
+    repository = os.path.dirname(snapshots)
+    if os.path.basename(snapshots) == "snapshots" and "--" in os.path.basename(repository):
+        yield os.path.join(repository, "blobs")
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))

@@ -8,6 +8,7 @@ specifications and the v3 `sharding_indexed` codec.
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import ml_dtypes  # noqa: F401  registers bfloat16, fp8 and int4 with numpy
@@ -17,6 +18,7 @@ from jaxgds.errors import CheckpointError
 
 
 Codec = Literal["raw", "zstd"]
+MAX_RANK = 64  # of numpy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +58,15 @@ class Layout:
         if not index:  # rank 0: zarr v2 says `0`, v3 says `c`
             return self.prefix.rstrip(self.separator) or "0"
         return self.prefix + self.separator.join(map(str, index))
+
+
+def unfit(shape: Sequence[int], itemsize: int) -> str | None:
+    """Why numpy and XLA can have no array of this shape; None if they can."""
+    if len(shape) > MAX_RANK:
+        return f"{len(shape)} axes are more than arrays can have"
+    if math.prod(max(n, 1) for n in shape) * max(itemsize, 1) >= 2**63:
+        return f"shape={tuple(shape)} is more than arrays can have"
+    return None
 
 
 def parse(v2: bytes | None, v3: bytes | None, name: str) -> Layout:

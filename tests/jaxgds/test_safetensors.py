@@ -187,11 +187,6 @@ DAMAGED = {
     "not JSON": (b"{nonsense", 0),
     "not an object": (b"[1, 2]", 0),
     "not UTF-8": (b'{"\xff": 1}', 0),
-    "key twice": (
-        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
-        b'"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
-        0,
-    ),
     "metadata not strings": ({"__metadata__": {"a": 1}, "a": tensor()}, 4),
 }
 
@@ -201,10 +196,9 @@ def test_damaged_headers_are_refused_as_by_the_reference(tmp_path, case):
     header, nbytes = DAMAGED[case]
     file = tmp_path / "bad.safetensors"
     write(file, header, bytes(nbytes))
-    if case != "key twice":  # the reference keeps the last; nobody writes such files on purpose
-        with pytest.raises(Exception, match="."):
-            load_file(file)
-    with pytest.raises((jaxgds.CheckpointError, NotImplementedError), match="bad.safetensors|U9"):
+    with pytest.raises(Exception, match="."):
+        load_file(file)
+    with pytest.raises(jaxgds.CheckpointError, match=r"bad\.safetensors"):
         open_safetensors(str(file))
 
 
