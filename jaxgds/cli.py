@@ -50,6 +50,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare.add_argument("--check", action="store_true", help="prove a prepared checkpoint")
     prepare.add_argument("--json", metavar="FILE", help="write the result ('-': to stdout)")
     prepare.set_defaults(run=_prepare)
+    plan = commands.add_parser(
+        "plan",
+        help="HBM, context and load time of a model on a mesh of GPUs",
+        description="Says what a model's weights and KV cache take on each GPU, how many tokens of "
+        "context fit, and how fast it can load at best. Reads a config.json and nothing else.",
+    )
+    plan.add_argument(
+        "model", nargs="?", help="a config.json, its directory, or a name such as llama-3.1-8b"
+    )
+    plan.add_argument("--gpu", default="H100", help="H100, H200, B200, or its memory in GB")
+    plan.add_argument("--mesh", default="tp=1", help="axes of the mesh, as in dp=2,tp=4")
+    plan.add_argument("--weights", default="bf16", choices=("bf16", "fp8"))
+    plan.add_argument(
+        "--kv", default="bf16,fp8,K4V4,K4V3,K3V3", help="comma-separated KV cache formats"
+    )
+    plan.add_argument("--sequences", default="1,8,64", help="comma-separated, at once on the mesh")
+    plan.add_argument(
+        "--activations", type=float, default=5, metavar="GB", help="kept free on each GPU"
+    )
+    plan.add_argument(
+        "--storage", type=float, default=94, metavar="GiB/s", help="of the file system as a whole"
+    )
+    plan.add_argument(
+        "--network", type=float, default=1200, metavar="Gbit/s", help="into each host"
+    )
+    plan.add_argument("--host-gpus", type=int, default=8, help="GPUs in a host")
+    plan.add_argument("--rules", metavar="FILE", help="as for prepare")
+    plan.add_argument(
+        "--table", action="store_true", help="AWS's published figures beside this project's"
+    )
+    plan.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
+    plan.set_defaults(run=_plan)
     bench = commands.add_parser("bench", help="measure: restore, decode, quality")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
@@ -154,6 +186,34 @@ def _prepare(args: argparse.Namespace) -> int:
         dtype=args.dtype,
     )
     _show(args, found, prepare.table)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from jaxgds import capacity, models, published, rules
+
+    if args.table:
+        _show(args, published.compare(), published.table)
+        return 0
+    if args.model is None:
+        raise ValueError(f"name a model: a config.json, or one of {', '.join(models.shipped())}")
+    setup = capacity.Setup(
+        capacity.read_gpu(args.gpu),
+        rules.read_mesh(args.mesh),
+        args.weights,
+        activation_bytes=args.activations * 1e9,
+        storage_rate=args.storage * 2**30,
+        network_rate=args.network * 1e9 / 8,
+        host_gpus=args.host_gpus,
+    )
+    found = capacity.plan(
+        models.read_config(args.model),
+        setup,
+        [capacity.read_kv(name) for name in args.kv.split(",")],
+        [int(n) for n in args.sequences.split(",")],
+        rules.read_rules(args.rules) if args.rules else None,
+    )
+    _show(args, found, capacity.table)
     return 0
 
 
