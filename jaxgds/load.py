@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
+from jaxgds.progress import traced
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
 from jaxgds.safetensors import is_safetensors, open_safetensors
@@ -109,7 +110,8 @@ def _load_safetensors(
     path: str, target: Any, rename: Callable[[str], str | None], strict: bool | None
 ) -> Any:
     start = time.perf_counter()
-    index = open_safetensors(path)
+    with traced("index"):
+        index = open_safetensors(path)
     stored: dict[str, str] = {}
     for name in index.names():
         new = rename(name)
@@ -152,7 +154,7 @@ def _load_safetensors(
     done = TransferReport(path="numpy")
     result: dict[str, jax.Array] = {}
     if direct:
-        arrays, done = restore.restore([wanted[name] for name in direct])
+        arrays, done = restore.restore([wanted[name] for name in direct], strict=strict)
         result.update(zip(direct, arrays, strict=True))
     result.update({name: _through_numpy(wanted[name]) for name in fallbacks})
     report.publish(

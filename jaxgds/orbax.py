@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, Sharding
 from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Index, StoredArray, open_index
+from jaxgds.progress import traced
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
 from jaxgds.saved import SavedShardings, random_keys
@@ -139,14 +140,15 @@ async def _deserialize(self, infos, args, strict: bool | None, stock: Deserializ
     start = time.perf_counter()
     for info in infos:
         await info.await_path_creation()
-    wanted, fallbacks = _sort_out(self, infos, args)
+    with traced("index"):
+        wanted, fallbacks = _sort_out(self, infos, args)
     report.check_strict({infos[i].name: why for i, why in fallbacks.items()}, strict)
     indexed = time.perf_counter()
     result: dict[int, Any] = {}
     done = TransferReport(path="orbax")
     if wanted:
         leaves = list(wanted.values())
-        made, done = restore.restore_to_host(leaves) if to_host else _onto_devices(leaves)
+        made, done = restore.restore_to_host(leaves) if to_host else _onto_devices(leaves, strict)
         result.update(zip(wanted, made, strict=True))
     if fallbacks:
         some = list(fallbacks)
@@ -171,7 +173,7 @@ def _publish(restore_id: object, to_host: bool, done: TransferReport) -> None:
     """
     parts = {} if restore_id is None else _PARTS.setdefault(restore_id, {})
     parts[to_host] = done
-    report.publish(report.total(parts[False], parts[True]) if len(parts) == 2 else done)
+    report.publish(done, report.total(parts[False], parts[True]) if len(parts) == 2 else None)
 
 
 _PARTS: weakref.WeakKeyDictionary[object, dict[bool, TransferReport]] = weakref.WeakKeyDictionary()
@@ -183,8 +185,10 @@ class _Leaf:
     key_impl: str | None  # of a PRNG key, which is stored as its key data
 
 
-def _onto_devices(leaves: Sequence[_Leaf]) -> tuple[list[jax.Array], TransferReport]:
-    arrays, done = restore.restore([leaf.wanted for leaf in leaves])
+def _onto_devices(
+    leaves: Sequence[_Leaf], strict: bool | None
+) -> tuple[list[jax.Array], TransferReport]:
+    arrays, done = restore.restore([leaf.wanted for leaf in leaves], strict=strict)
     keys = [leaf.key_impl for leaf in leaves]
     return [
         array if key is None else jax.random.wrap_key_data(array, impl=key)

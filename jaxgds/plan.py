@@ -54,6 +54,17 @@ class Plan:
         return sum(read.source_nbytes for read in self.reads)
 
 
+def summary(plan: Plan) -> str:
+    """What is read and where it goes, in one line."""
+    files = {r.source.file for r in plan.reads if isinstance(r.source, Extent)}
+    codecs = sorted({r.codec for r in plan.reads})
+    devices = {d for destination in plan.destinations for d in destination.devices}
+    return (
+        f"{len(plan.reads)} reads ({', '.join(codecs)}) of {plan.source_nbytes:,} bytes from "
+        f"{len(files)} files, into {len(plan.destinations)} shards on {len(devices)} devices"
+    )
+
+
 def all_shards(arrays: Sequence[tuple[StoredArray, Sharding]]) -> tuple[Destination, ...]:
     """What to allocate for `arrays`: the distinct shards of each, in order."""
     found = [shards(array.name, array.layout.shape, sharding) for array, sharding in arrays]

@@ -1,9 +1,15 @@
 """What a restore did: which path, how much, how fast, and what was left to Orbax and why."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
+
+import jax.monitoring
+
+
+_log = logging.getLogger("jaxgds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +40,19 @@ class TransferReport:
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 
+    def __str__(self) -> str:
+        restored, seconds = self.bytes_restored / 1e9, max(self.seconds, 1e-9)
+        text = (
+            f"restored {self.arrays} arrays, {restored:.3f} GB in {seconds:.2f} s "
+            f"({restored / seconds:.2f} GB/s) by {self.path}, {len(self.fallbacks)} left to Orbax"
+        )
+        return f"{text}; {self.note}" if self.note else text
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, same names as the attributes, plus `gigabytes_per_second`."""
+        """Plain JSON types, same names as the attributes, plus `gigabytes_per_second`.
+
+        Keys are added in later versions, none is renamed or changes its meaning.
+        """
         return {
             **dataclasses.asdict(self),
             "fallbacks": dict(self.fallbacks),
@@ -71,16 +88,33 @@ def last_report() -> TransferReport | None:
     return _last
 
 
-def publish(report: TransferReport) -> None:
+def publish(report: TransferReport, of: TransferReport | None = None) -> None:
+    """Makes `report` the last one, logs it and tells `jax.monitoring`.
+
+    Args:
+      of: a restore that is in two parts: the whole of it, which becomes the last report.
+    """
     global _last
-    _last = report
+    _last = of or report
+    _log.info("%s", report)
+    monitoring = jax.monitoring
+    for name in ("seconds", "index_seconds", "plan_seconds", "read_seconds"):
+        monitoring.record_event_duration_secs(f"/jaxgds/restore/{name}", getattr(report, name))
+    for name in ("bytes_read", "bytes_restored", "arrays"):
+        monitoring.record_scalar(f"/jaxgds/restore/{name}", getattr(report, name))
+    monitoring.record_event("/jaxgds/restore", path=report.path)
+    for why in report.fallbacks.values():
+        monitoring.record_event("/jaxgds/restore/fallback", reason=why)
+
+
+def is_strict(strict: bool | None) -> bool:
+    """`strict`; None asks the environment variable JAXGDS_STRICT."""
+    return os.environ.get("JAXGDS_STRICT", "0") not in ("", "0") if strict is None else strict
 
 
 def check_strict(fallbacks: Mapping[str, str], strict: bool | None) -> None:
     """Raises FallbackError if there are `fallbacks` that `strict` (None: JAXGDS_STRICT) forbids."""
-    if strict is None:
-        strict = os.environ.get("JAXGDS_STRICT", "0") not in ("", "0")
-    if strict and fallbacks:
+    if fallbacks and is_strict(strict):
         shown = "; ".join(f"{name}: {why}" for name, why in list(fallbacks.items())[:8])
         count = f"{len(fallbacks)} array{'s' if len(fallbacks) > 1 else ''}"
         raise FallbackError(f"{count} would fall back to Orbax, which strict forbids: {shown}")

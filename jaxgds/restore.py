@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import gc
+import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +18,12 @@ from jax.sharding import Sharding
 from jaxgds import arrays
 from jaxgds.engines import Buffer, Engine, HostEngine, engine_for
 from jaxgds.index import StoredArray
-from jaxgds.plan import Destination, Read, all_shards, make_plan
-from jaxgds.report import TransferReport, total
+from jaxgds.plan import Destination, Plan, Read, all_shards, make_plan, summary
+from jaxgds.progress import shown, traced
+from jaxgds.report import TransferReport, is_strict, total
+
+
+_log = logging.getLogger("jaxgds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,44 +57,49 @@ def unsupported(wanted: Wanted) -> str | None:
 
 
 def restore(
-    wanted: Sequence[Wanted], engine: Engine | None = None
+    wanted: Sequence[Wanted], engine: Engine | None = None, strict: bool | None = None
 ) -> tuple[list[jax.Array], TransferReport]:
     """Restores arrays onto their shardings, each needed byte read once.
 
     Args:
       wanted: arrays of one checkpoint, none twice, none of them `unsupported`.
       engine: None picks by the devices' platform.
+      strict: an engine that fails is not replaced by another; None asks JAXGDS_STRICT.
 
     Returns:
       One array per entry of `wanted`, and the report (without index time).
 
     Raises:
       CheckpointError: a file is missing, truncated or damaged. Nothing is returned then.
+      MemoryError: a device has too little free memory. Nothing was read then.
       ValueError: a sharding does not fit its array's shape.
     """
     platforms = [_platform(w.sharding) for w in wanted]
     if engine is None and len(set(platforms)) > 1:
-        return _by_platform(wanted, platforms)
+        return _by_platform(wanted, platforms, strict)
     start = time.perf_counter()
     pairs = [(w.array, w.sharding) for w in wanted]
     destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
+    _check_room(destinations, dtypes)
     allocation = arrays.Allocation(destinations, [dtypes[d.array] for d in destinations])
     buffers = allocation.buffers
     bytes_read, planned = 0, start
 
     def plan() -> list[Read]:
         nonlocal bytes_read, planned
-        with _collector_paused():
+        with _collector_paused(), traced("plan"):
             made = make_plan(pairs, destinations=destinations)
             reads = in_order(made.reads, allocation.order)
         bytes_read, planned = made.source_nbytes, time.perf_counter()
+        _log_plan(made)
         return reads
 
     try:
         if engine is None:
-            engine = engine_for({b.device for b in buffers})
-        engine.read(plan, buffers)
+            engine = engine_for({b.device for b in buffers}, strict=is_strict(strict))
+        with shown(sum(b.nbytes for b in buffers)) as arrived:
+            engine.read(plan, buffers, arrived)
     finally:
         filled = allocation.arrays()
     read = time.perf_counter()
@@ -111,19 +123,46 @@ def restore(
     return restored, report
 
 
+def _log_plan(plan: Plan) -> None:
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("plan: %s", summary(plan))
+
+
+def _check_room(destinations: Sequence[Destination], dtypes: Mapping[str, np.dtype]) -> None:
+    """Raises MemoryError if a device that counts its memory has too little for its shards."""
+    needed: dict[jax.Device, int] = defaultdict(int)
+    for destination in destinations:
+        nbytes = math.prod(destination.shape) * dtypes[destination.array].itemsize
+        for device in destination.devices:
+            needed[device] += nbytes
+    short = []
+    for device, nbytes in needed.items():
+        stats = device.memory_stats() or {}
+        if limit := stats.get("bytes_limit"):
+            free = limit - stats["bytes_in_use"]
+            if nbytes > free:
+                short.append(f"{device} has {free:,} bytes free of {limit:,}, needed {nbytes:,}")
+    if short:
+        raise MemoryError(
+            f"too little device memory for the restore: {'; '.join(short)}. Delete arrays that "
+            "are no longer needed, restore onto more devices, or let XLA use more of the memory "
+            "(XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        )
+
+
 def _platform(sharding: Sharding) -> str:
     return next(iter(sharding.addressable_devices)).platform
 
 
 def _by_platform(
-    wanted: Sequence[Wanted], platforms: Sequence[str]
+    wanted: Sequence[Wanted], platforms: Sequence[str], strict: bool | None
 ) -> tuple[list[jax.Array], TransferReport]:
     """Restores onto CPUs and GPUs one after the other: each has its engine."""
     made: dict[int, jax.Array] = {}
     reports = []
     for platform in sorted(set(platforms)):
         some = [i for i, p in enumerate(platforms) if p == platform]
-        arrays, done = restore([wanted[i] for i in some])
+        arrays, done = restore([wanted[i] for i in some], strict=strict)
         made.update(zip(some, arrays, strict=True))
         reports.append(done)
     return [made[i] for i in range(len(wanted))], functools.reduce(total, reports)
@@ -142,11 +181,14 @@ def restore_to_host(
     whole = [tuple((0, n) for n in a.shape) for a in made]
     destinations = tuple(Destination(a.name, box, ()) for a, box in zip(stored, whole, strict=True))
     pairs: list[Any] = [(a, None) for a in stored]  # no shardings: the destinations are given
-    with _collector_paused():
+    with _collector_paused(), traced("plan"):
         plan = make_plan(pairs, destinations=destinations)
+    _log_plan(plan)
     planned = time.perf_counter()
     engine = HostEngine()
-    engine.read(lambda: plan.reads, [Buffer(a.ctypes.data, a.nbytes, None) for a in made])
+    buffers = [Buffer(a.ctypes.data, a.nbytes, None) for a in made]
+    with shown(sum(b.nbytes for b in buffers)) as arrived:
+        engine.read(lambda: plan.reads, buffers, arrived)
     end = time.perf_counter()
     report = TransferReport(
         path=engine.path,

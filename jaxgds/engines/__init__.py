@@ -10,6 +10,7 @@ from jaxgds.engines import gds as gds
 from jaxgds.engines.host import HostEngine as HostEngine
 from jaxgds.engines.pinned import PinnedEngine as PinnedEngine
 from jaxgds.plan import Read
+from jaxgds.progress import Arrived, ignore
 
 
 ENGINES = ("gds", "pinned", "host")
@@ -49,11 +50,21 @@ class Engine(Protocol):
     path: str
     note: str
 
-    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence[Buffer]) -> None:
-        """Carries out the reads that `plan` makes; `buffers[i]` is the memory of destination i.
+    def read(
+        self,
+        plan: Callable[[], Sequence[Read]],
+        buffers: Sequence[Buffer],
+        arrived: Arrived = ignore,
+    ) -> None:
+        """Fills the buffers.
 
-        `plan` is called once, on the calling thread, while the engine's own threads get ready.
-        Returns, or raises, only when nothing touches the buffers any more.
+        Returns, or raises, only when nothing touches them any more.
+
+        Args:
+          plan: makes the reads; called once, on the calling thread, while the engine's own threads
+            get ready.
+          buffers: of each destination the memory.
+          arrived: is called, by any thread, with each number of bytes that was read.
 
         Raises:
           CheckpointError: a file is shorter than the metadata says, or does not decode.
@@ -61,12 +72,15 @@ class Engine(Protocol):
         ...
 
 
-def engine_for(devices: set[jax.Device], force: str | None = None) -> Engine:
+def engine_for(
+    devices: set[jax.Device], force: str | None = None, *, strict: bool = False
+) -> Engine:
     """The engine for arrays on `devices`.
 
     Args:
       force: "gds", "pinned" or "host"; None asks the environment variable JAXGDS_ENGINE, and
         else picks: on GPUs "gds" where it is proven to work, otherwise "pinned".
+      strict: if "gds" fails, "pinned" must not take its place.
 
     Raises:
       ValueError: there is no engine of that name.
@@ -81,7 +95,7 @@ def engine_for(devices: set[jax.Device], force: str | None = None) -> Engine:
     if platforms == {"gpu"} and name != "host":
         ordinals = sorted(device.local_hardware_id for device in devices)
         if name == "gds" or (name is None and gds.missing() is None):
-            return gds.GdsEngine(ordinals, proof=name is None)
+            return gds.GdsEngine(ordinals, proof=name is None, strict=strict)
         return PinnedEngine()
     forced = f"no engine {name!r}" if name else "no engine"
     raise NotImplementedError(f"{forced} for {'+'.join(sorted(platforms))} devices")

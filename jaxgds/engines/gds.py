@@ -6,18 +6,16 @@ small registered staging buffer per thread, widened to whole blocks, and one cop
 at some hundred times the storage's rate, takes what is wanted to where it belongs.
 """
 
-# kvikio is optional.
-# pyright: reportMissingImports=false
-
 import functools
 import importlib.util
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from jaxgds.engines import cuda
+from jaxgds.engines import cuda, cufile
+from jaxgds.engines.cufile import CuFileError, Staging
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.gds_proof import direct_reads, start_counting
 from jaxgds.engines.gds_proof import missing as missing
@@ -25,9 +23,9 @@ from jaxgds.engines.host import direct, truncated
 from jaxgds.engines.pinned import PinnedEngine, copy_pieces, ordinal_of, run_threads
 from jaxgds.engines.posix import BLOCK
 from jaxgds.engines.ring import near
-from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent
 from jaxgds.plan import Read
+from jaxgds.progress import Arrived, ignore, traced
 
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ THREADS_PER_GPU = 8
 WINDOW = 16 << 20
 # For less, cuFile costs more than it saves.
 MIN_READ = 64 << 10
-NVIDIA_FS = "/proc/driver/nvidia-fs"
 
 
 class GdsEngine:
@@ -49,36 +46,45 @@ class GdsEngine:
       ordinals: the GPUs.
       proof: use cuFile only for files of which it is proven that it moves them directly; otherwise
         its compatibility mode will do, which reads by way of host memory, and `note` says so.
+      strict: raise CuFileError if cuFile fails; otherwise all is then read the pinned way, and
+        `note` says so.
 
     Raises:
       NotImplementedError: kvikio is not installed.
     """
 
-    def __init__(self, ordinals: Sequence[int], *, proof: bool):
+    def __init__(self, ordinals: Sequence[int], *, proof: bool, strict: bool = False):
         if importlib.util.find_spec("kvikio") is None:
             raise NotImplementedError(
                 "the gds engine needs kvikio: install jaxgds[cuda13] or [cuda12]"
             )
         self.path, self.note = "gds", ""
-        self._ordinals, self._proof = ordinals, proof
+        self._ordinals, self._proof, self._strict = ordinals, proof, strict
 
-    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence["Buffer"]) -> None:
+    def read(
+        self,
+        plan: Callable[[], Sequence[Read]],
+        buffers: Sequence["Buffer"],
+        arrived: Arrived = ignore,
+    ) -> None:
         start_counting()
         before = direct_reads()
-        mine, others, why = self._share_out(plan(), [ordinal_of(buffer) for buffer in buffers])
+        reads = plan()
+        mine, others, why = self._share_out(reads, [ordinal_of(buffer) for buffer in buffers])
         if any(mine.values()):
-            with _files() as files:
-                run_threads(
-                    [
-                        functools.partial(_work, ordinal, todo, buffers, files)
-                        for ordinal, todo in ((o, iter(r)) for o, r in mine.items())
-                        for _ in range(min(THREADS_PER_GPU, len(mine[ordinal])))
-                    ]
-                )
-            if direct_reads() == before:
-                why.append("cuFile counted no direct read: it ran in its compatibility mode")
+            try:
+                _run(mine, buffers, arrived)
+                if direct_reads() == before:
+                    why.append("cuFile counted no direct read: it ran in its compatibility mode")
+            except CuFileError as e:
+                if self._strict:
+                    raise
+                mine, others = {}, list(reads)
+                why.append(f"cuFile failed, and all was read again without it: {e}")
         if others:
-            PinnedEngine().read(lambda: others, buffers)
+            pinned = PinnedEngine()
+            pinned.read(lambda: others, buffers, arrived)
+            why += [pinned.note] if pinned.note else []
             self.path = "mixed" if any(mine.values()) else "pinned"
         self.note = "; ".join(dict.fromkeys(why))
 
@@ -100,6 +106,17 @@ class GdsEngine:
                 others.append(read)
                 why.append(reason)
         return mine, others, why
+
+
+def _run(mine: Mapping[int, Sequence[Read]], buffers: Sequence["Buffer"], arrived: Arrived) -> None:
+    with cufile.files() as files:
+        run_threads(
+            [
+                functools.partial(_work, ordinal, todo, buffers, files, arrived)
+                for ordinal, todo in ((o, iter(r)) for o, r in mine.items())
+                for _ in range(min(THREADS_PER_GPU, len(mine[ordinal])))
+            ]
+        )
 
 
 def unfit(read: Read, ordinals: Sequence[int]) -> str | None:
@@ -134,25 +151,28 @@ def _work(
     ordinal: int,
     todo: Iterator[Read],
     buffers: Sequence["Buffer"],
-    files: "OpenFiles[_File]",
+    files: "OpenFiles[cufile.File]",
+    arrived: Arrived,
     stop: threading.Event,
 ) -> None:
     near(ordinal)
     cuda.use(ordinal)
-    staging = _Staging(WINDOW)
+    staging = Staging(WINDOW)
     try:
         for read in todo:
             if stop.is_set():
                 break
-            _carry_out(read, buffers, files, staging)
-            # The copy takes a hundredth of the read's time: to overlap them gains nothing.
-            cuda.call("cuStreamSynchronize", staging.stream)
+            with traced("read"):
+                _carry_out(read, buffers, files, staging)
+                # The copy takes a hundredth of the read's time: to overlap them gains nothing.
+                cuda.call("cuStreamSynchronize", staging.stream)
+            arrived(read.source_nbytes)
     finally:
         staging.close()
 
 
 def _carry_out(
-    read: Read, buffers: Sequence["Buffer"], files: "OpenFiles[_File]", staging: "_Staging"
+    read: Read, buffers: Sequence["Buffer"], files: "OpenFiles[cufile.File]", staging: Staging
 ) -> None:
     source = read.source
     assert isinstance(source, Extent)
@@ -173,87 +193,6 @@ def _carry_out(
         cuda.call("cuStreamSynchronize", staging.stream)
         start = file.stage(offset, nbytes, staging)
         cuda.call("cuMemcpyDtoDAsync_v2", dst + offset, start, nbytes, staging.stream)
-
-
-class _Staging:
-    """Device memory that is registered with cuFile, and the stream of the copies out of it."""
-
-    def __init__(self, nbytes: int):
-        import kvikio
-
-        self.stream = cuda.stream()
-        self.nbytes = nbytes + 2 * BLOCK
-        self._allocated = cuda.allocate(self.nbytes + BLOCK)
-        self.pointer = -(-self._allocated // BLOCK) * BLOCK
-        try:
-            kvikio.memory_register(_Memory(self.pointer, self.nbytes))
-        except BaseException:
-            cuda.free(self._allocated)
-            raise
-
-    def close(self) -> None:
-        import kvikio
-
-        cuda.call("cuStreamSynchronize", self.stream)
-        kvikio.memory_deregister(_Memory(self.pointer, self.nbytes))  # must precede the release
-        cuda.free(self._allocated)
-        cuda.call("cuStreamDestroy_v2", self.stream)
-
-
-class _Memory:
-    """Device memory as kvikio takes it."""
-
-    def __init__(self, pointer: int, nbytes: int):
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (pointer, False),
-            "version": 3,
-        }
-
-
-class _File:
-    """A file that is open for cuFile."""
-
-    def __init__(self, path: str, array: str):
-        import kvikio
-
-        self._path, self._array = path, array
-        self.nbytes = os.stat(path).st_size
-        self._file: Any = kvikio.CuFile(path, "r")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def stage(self, offset: int, nbytes: int, staging: _Staging) -> int:
-        """Reads the blocks that hold a range; returns the address of its first byte."""
-        start = offset // BLOCK * BLOCK
-        stop = min(-(-(offset + nbytes) // BLOCK) * BLOCK, self.nbytes)
-        self.read(start, stop - start, staging.pointer)
-        return staging.pointer + offset - start
-
-    def read(self, offset: int, nbytes: int, pointer: int) -> None:
-        try:
-            n = self._file.raw_read(_Memory(pointer, nbytes), nbytes, offset, 0)
-        except (RuntimeError, OSError) as e:
-            raise CheckpointError(
-                f"{self._path}: array {self._array!r}: cuFile cannot read "
-                f"[{offset}, {offset + nbytes}): {e}; JAXGDS_ENGINE=pinned reads without cuFile"
-            ) from e
-        if n < nbytes:
-            raise truncated(Extent(self._path, offset, nbytes), self._array, nbytes - n)
-
-
-def _files() -> OpenFiles[_File]:
-    def how(path: str, array: str) -> _File:
-        try:
-            return _File(path, array)
-        except (RuntimeError, OSError) as e:
-            raise CheckpointError(
-                f"{path}: array {array!r}: cannot be opened for cuFile: {e}"
-            ) from e
-
-    return OpenFiles(how)
 
 
 def unproven(file: str, ordinal: int) -> str | None:
@@ -281,15 +220,15 @@ def _try(file: str, ordinal: int) -> str | None:
     try:
         cuda.use(ordinal)
         start_counting()
-        staging = _Staging(WINDOW)
+        staging = Staging(WINDOW)
         try:
             before = direct_reads()
-            with _files() as files:
+            with cufile.files() as files:
                 opened = files.open(file, "")
                 opened.read(0, min(WINDOW, opened.nbytes), staging.pointer)
         finally:
             staging.close()
-    except (CheckpointError, RuntimeError, OSError) as e:
+    except (RuntimeError, OSError) as e:
         return f"cuFile cannot read from {folder}: {e}"
     if direct_reads() == before:
         return f"cuFile reads {folder} in its compatibility mode"

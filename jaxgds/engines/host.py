@@ -15,6 +15,7 @@ from jaxgds.engines.files import OpenFiles
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Source
 from jaxgds.plan import Read
+from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
 
 
@@ -36,9 +37,15 @@ class HostEngine:
     def __init__(self, threads: int | None = None):
         self._threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
-    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence["Buffer"]) -> None:
+    def read(
+        self,
+        plan: Callable[[], Sequence[Read]],
+        buffers: Sequence["Buffer"],
+        arrived: Arrived = ignore,
+    ) -> None:
         with plain_files() as files:
-            run_all([lambda r=read: _read(r, files, buffers) for read in plan()], self._threads)
+            tasks = [lambda r=read: _read(r, files, buffers, arrived) for read in plan()]
+            run_all(tasks, self._threads)
 
 
 def run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
@@ -62,18 +69,24 @@ def plain_files() -> OpenFiles[io.FileIO]:
     return OpenFiles(lambda path, array: io.FileIO(path))
 
 
-def _read(read: Read, files: OpenFiles[io.FileIO], buffers: Sequence["Buffer"]) -> None:
+def _read(
+    read: Read, files: OpenFiles[io.FileIO], buffers: Sequence["Buffer"], arrived: Arrived
+) -> None:
     with opened(read, files) as decoded:
         for segment in read.segments:
             whole = direct(segment)
             if whole is not None:
                 pointer = buffers[whole.destination].pointer + whole.dst_offset
-                fill(decoded, _memory(pointer, segment.nbytes), read)
-                continue
-            staging = np.empty(segment.nbytes, np.uint8)
-            fill(decoded, memoryview(staging), read)
-            for piece in segment.pieces:
-                scatter(staging, piece, buffers[piece.destination].pointer)
+                with traced("read"):
+                    fill(decoded, _memory(pointer, segment.nbytes), read)
+            else:
+                staging = np.empty(segment.nbytes, np.uint8)
+                with traced("read"):
+                    fill(decoded, memoryview(staging), read)
+                with traced("scatter"):
+                    for piece in segment.pieces:
+                        scatter(staging, piece, buffers[piece.destination].pointer)
+            arrived(segment.nbytes)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
 from jaxgds.plan import Read
+from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
 
 
@@ -36,15 +37,20 @@ class PinnedEngine:
     """
 
     path = "pinned"
-    note = ""
 
     def __init__(self, ring: Ring | None = None):
         cuda.driver()
+        self.note = ""
         self._ring = ring or _process_ring()
 
-    def read(self, plan: Callable[[], Sequence[Read]], buffers: Sequence["Buffer"]) -> None:
+    def read(
+        self,
+        plan: Callable[[], Sequence[Read]],
+        buffers: Sequence["Buffer"],
+        arrived: Arrived = ignore,
+    ) -> None:
         with self._ring.busy, plain_files() as plain, direct_files() as files:
-            _Restore(self._ring, buffers, plain, files).run(plan)
+            self.note = _Restore(self._ring, buffers, plain, files, arrived).run(plan)
 
 
 @functools.cache
@@ -61,14 +67,18 @@ class _Restore:
         buffers: Sequence["Buffer"],
         plain: OpenFiles[io.FileIO],
         files: OpenFiles[DirectFile],
+        arrived: Arrived,
     ):
-        self._ring, self._buffers = ring, buffers
+        self._ring, self._buffers, self._arrived = ring, buffers, arrived
         self._plain, self._files = plain, files
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
         self._work: dict[int, Iterator[Read]] = {}
         self._planned = threading.Event()
+        self._unpinned: list[Exception] = []
 
-    def run(self, plan: Callable[[], Sequence[Read]]) -> None:
+    def run(self, plan: Callable[[], Sequence[Read]]) -> str:
+        """Returns what to note."""
+
         def share_out() -> None:
             try:
                 self._work = by_device(plan(), self._ordinals)
@@ -79,10 +89,20 @@ class _Restore:
         lanes = self._ring.lanes(sorted(set(self._ordinals)))
         targets = [functools.partial(self._lane, lane, ordinal) for lane, ordinal in lanes]
         run_threads(targets, meanwhile=share_out)
+        if not self._unpinned:
+            return ""
+        if len(self._unpinned) == len(lanes):
+            raise MemoryError(f"no host memory can be pinned: {self._unpinned[0]}")
+        left = len(lanes) - len(self._unpinned)
+        return f"{left} of {len(lanes)} readers: no more memory to pin: {self._unpinned[0]}"
 
     def _lane(self, lane: Lane, home: int, stop: threading.Event) -> None:
         near(home)
-        lane.open(home)
+        try:
+            lane.open(home)
+        except (cuda.CudaError, OSError) as e:
+            self._unpinned.append(e)  # the other lanes do its work
+            return
         while not self._planned.wait(0.1):
             if stop.is_set():
                 return
@@ -112,7 +132,8 @@ class _Restore:
         if whole is None:
             assert segment.nbytes <= lane.slot_bytes  # see scatter.MAX_STAGED
             slot = lane.slot()
-            at = file.read(source.offset, segment.nbytes, slot.view, read.array)
+            with traced("read"):
+                at = file.read(source.offset, segment.nbytes, slot.view, read.array)
             self._scatter(segment, slot, at, lane)
             return
         ordinal, offset, left = self._ordinals[whole.destination], source.offset, segment.nbytes
@@ -120,10 +141,13 @@ class _Restore:
         while left:
             nbytes = min(left, lane.slot_bytes)
             slot = lane.slot()
-            at = file.read(offset, nbytes, slot.view, read.array)
+            with traced("read"):
+                at = file.read(offset, nbytes, slot.view, read.array)
             # Asked for as late as possible: it may still be being allocated.
             dst = dst or self._buffers[whole.destination].pointer + whole.dst_offset
-            lane.copy(slot, at, dst, nbytes, ordinal)
+            with traced("copy"):
+                lane.copy(slot, at, dst, nbytes, ordinal)
+            self._arrived(nbytes)
             offset, dst, left = offset + nbytes, dst + nbytes, left - nbytes
 
     def _decode(self, read: Read, lane: Lane) -> None:
@@ -133,16 +157,20 @@ class _Restore:
                 whole = direct(segment)
                 if whole is None:
                     slot = lane.slot()
-                    fill(decoded, slot.view[: segment.nbytes], read)
+                    with traced("read"):
+                        fill(decoded, slot.view[: segment.nbytes], read)
                     self._scatter(segment, slot, 0, lane)
                     continue
                 ordinal = self._ordinals[whole.destination]
                 for done in range(0, segment.nbytes, lane.slot_bytes):
                     nbytes = min(lane.slot_bytes, segment.nbytes - done)
                     slot = lane.slot()
-                    fill(decoded, slot.view[:nbytes], read)
+                    with traced("read"):
+                        fill(decoded, slot.view[:nbytes], read)
                     dst = self._buffers[whole.destination].pointer + whole.dst_offset
-                    lane.copy(slot, 0, dst + done, nbytes, ordinal)
+                    with traced("copy"):
+                        lane.copy(slot, 0, dst + done, nbytes, ordinal)
+                    self._arrived(nbytes)
 
     def _scatter(self, segment: Segment, slot: Slot, at: int, lane: Lane) -> None:
         """Queues the copies of all pieces of a segment, which lies at `at` in `slot`."""
@@ -158,9 +186,11 @@ class _Restore:
                     scratch = lane.scratch(ordinal, segment.nbytes)
                     cuda.submit("cuMemcpyHtoDAsync_v2", scratch, src, segment.nbytes, stream)
                     src, on_device = scratch, True
-                copy_pieces(pieces, src, self._buffers, stream, on_device=on_device)
+                with traced("scatter"):
+                    copy_pieces(pieces, src, self._buffers, stream, on_device=on_device)
             finally:
                 lane.release(slot, ordinal)
+        self._arrived(segment.nbytes)
 
 
 def _short_rows(piece: Piece) -> bool:

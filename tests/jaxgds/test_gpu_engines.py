@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxgds
 import jaxgds.orbax
+from jaxgds import restore
 from jaxgds.arrays import Allocation
-from jaxgds.engines import PinnedEngine, gds
+from jaxgds.engines import PinnedEngine, cufile, gds
 from jaxgds.engines.ring import Ring
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
@@ -284,3 +285,58 @@ def test_one_restore_onto_cpu_and_gpu(tmp_path):
     for name, offset in {"a": 0, "b": 1}.items():
         assert got[name].sharding == target[name].sharding
         np.testing.assert_array_equal(got[name], data + offset)
+
+
+def test_too_little_memory_to_pin(tmp_path, leaks_nothing):
+    """Some readers get no memory: the others do the work, and the report says so."""
+    data = numbers(3000, 3001)
+    ring = Ring(4, 2, 4 << 20)
+    try:
+        for lane, _ in ring.lanes([GPUS[0].local_hardware_id])[1:3]:
+            lane._count = 1 << 40  # slots
+        engine = PinnedEngine(ring)
+        ((_, got),) = restored(stored(tmp_path, data, (1500, 3001)), one(), engine)
+        np.testing.assert_array_equal(got, data)
+        assert engine.note.startswith("2 of 4 readers: no more memory to pin")
+        for lane, _ in ring.lanes([GPUS[0].local_hardware_id]):
+            lane.close()
+            lane._count = 1 << 40
+        with pytest.raises(MemoryError, match="no host memory can be pinned"):
+            restored(stored(tmp_path, data, (1500, 3001)), one(), engine)
+    finally:
+        ring.close()
+
+
+@needs_kvikio
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_failure_of_cufile(tmp_path, leaks_nothing, monkeypatch, strict):
+    """kvikio closes the file behind cuFile's back: the next read is refused by cuFile itself."""
+    read = cufile.File.read
+
+    def closed(self, offset, nbytes, pointer):
+        self._file.close()
+        read(self, offset, nbytes, pointer)
+
+    monkeypatch.setattr(cufile.File, "read", closed)
+    data = numbers(2000, 2000)
+    engine = gds.GdsEngine([GPUS[0].local_hardware_id], proof=False, strict=strict)
+    array = stored(tmp_path, data, (500, 2000))
+    if strict:
+        with pytest.raises(cufile.CuFileError, match=r"data\.bin.*'w'"):
+            restored(array, one(), engine)
+        return
+    ((_, got),) = restored(array, one(), engine)
+    np.testing.assert_array_equal(got, data)
+    assert engine.path == "pinned" and "cuFile failed" in engine.note
+
+
+def test_too_little_device_memory(tmp_path):
+    """Known before anything is allocated or read: the files are not even there."""
+    free = (GPUS[0].memory_stats() or {})["bytes_limit"]
+    shape = (free // (1 << 20) + 1, 1 << 20)
+    layout = Layout(shape, np.dtype(np.uint8), shape, shape, "raw", False, "", ".")
+    array = StoredArray("w", layout, {"w/0.0": Extent("nowhere", 0, shape[0] * shape[1])})
+    before = (GPUS[0].memory_stats() or {})["bytes_in_use"]
+    with pytest.raises(MemoryError, match=f"bytes free of {free:,}, needed {shape[0] << 20:,}"):
+        restore.restore([restore.Wanted(array, one())])
+    assert (GPUS[0].memory_stats() or {})["bytes_in_use"] == before
