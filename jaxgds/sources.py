@@ -128,7 +128,7 @@ def tree_keys(name: str) -> tuple[tuple[str, int], ...]:
 
 def _place(array: StoredArray) -> tuple[str, int]:
     """Where the array begins, so that files are read front to back."""
-    _, source = next(array.chunks())
+    _, source = next(array.chunks(), ((), b""))
     return (source.file, source.offset) if isinstance(source, Extent) else ("", 0)
 
 
