@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     plan.set_defaults(run=_plan)
-    bench = commands.add_parser("bench", help="measure: restore, decode, quality")
+    bench = commands.add_parser("bench", help="measure: restore, decode, encode, quality")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
         "restore",
@@ -120,6 +120,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     decode.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
     decode.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
     decode.set_defaults(run=_bench_decode)
+    encode = benches.add_parser(
+        "encode",
+        help="appends to compressed KV caches, against the copy bandwidth",
+        description="Checks the GPU kernel against the xla implementation, then times both: "
+        "every number of new tokens, appended in place to a cache of every format. Rates are of "
+        "bytes that have to be read and written. Without a GPU, xla alone on a small size.",
+    )
+    encode.add_argument("--tokens", help="comma-separated tokens an append adds to a sequence")
+    encode.add_argument("--batch", help="comma-separated numbers of sequences")
+    encode.add_argument("--formats", help="comma-separated, such as K4V4 (bits of keys, values)")
+    encode.add_argument("--head-dim", type=int, choices=(64, 128, 256))
+    encode.add_argument("--kv-heads", type=int)
+    encode.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of new tokens")
+    encode.add_argument("--repeat", type=int, help="calls a median is taken of")
+    encode.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
+    encode.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    encode.set_defaults(run=_bench_encode)
     quality = benches.add_parser(
         "quality",
         help="perplexity and KL of compressed KV caches against bf16",
@@ -244,12 +261,9 @@ def _bench_decode(args: argparse.Namespace) -> int:
 
     from jaxgds.bench import decode
 
-    def numbers(text: str | None) -> tuple[int, ...] | None:
-        return tuple(map(int, text.split(","))) if text else None
-
     asked = {
-        "seqs": numbers(args.seq),
-        "batches": numbers(args.batch),
+        "seqs": _numbers(args.seq),
+        "batches": _numbers(args.batch),
         **{name: getattr(args, name) for name in ("head_dim", "group", "kv_heads", "repeat")},
     }
     sizes = decode.GPU if jax.devices()[0].platform == "gpu" else decode.CPU
@@ -263,6 +277,35 @@ def _bench_decode(args: argparse.Namespace) -> int:
     if args.plot:
         decode.plot(found, args.plot)
     return 1 if any("error" in row for row in found["results"]) else 0
+
+
+def _bench_encode(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    import jax
+
+    from jaxgds.bench import encode
+
+    asked = {
+        "tokens": _numbers(args.tokens),
+        "batches": _numbers(args.batch),
+        **{name: getattr(args, name) for name in ("head_dim", "kv_heads", "dtype", "repeat")},
+    }
+    sizes = encode.GPU if jax.devices()[0].platform == "gpu" else encode.CPU
+    sizes = replace(sizes, **{name: x for name, x in asked.items() if x is not None})
+    found = encode.run(
+        sizes,
+        tuple(args.formats.split(",")) if args.formats else encode.FORMATS,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    _show(args, found, encode.table)
+    if args.plot:
+        encode.plot(found, args.plot)
+    return 1 if any("error" in row for row in found["results"]) else 0
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    return tuple(map(int, text.split(","))) if text else None
 
 
 def _bench_quality(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """KVCache: packed pages of keys and values, bf16 sinks, and a bf16 ring of the newest tokens."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, BFloat16, Float, Int32, UInt8
 
-from pallas_kernels import packing
+from pallas_kernels import device, packing
 from pallas_kernels.codec import encode, levels
 from pallas_kernels.format import KVFormat, check_head_dim
 from pallas_kernels.rotation import unrotate
@@ -137,19 +138,30 @@ class KVCache:
         k: Float[Array, "batch new kv_heads head_dim"],
         v: Float[Array, "batch new kv_heads head_dim"],
         lengths: Int32[Array, " batch"] | None = None,
+        implementation: Literal["xla", "mosaic_gpu"] | None = None,
     ) -> "KVCache":
         """The cache with new tokens at the end of each sequence (keys after RoPE).
 
         lengths: how many of the `new` tokens are valid, from the front; default all.
-        Raises ValueError for shapes or dtypes that do not fit, and for more than max_len tokens.
-        Where lengths are traced that last error cannot be raised: see the class's invariants.
+        implementation: "mosaic_gpu" is one kernel for Hopper and Blackwell GPUs, compiled for them
+        but not yet run there; "xla" runs everywhere; None is "xla". They
+        differ where a value is as near to one level as to the next, within float32's rounding, and
+        where that of a scale or of the key offset does.
+        Raises ValueError for shapes or dtypes that do not fit, and for more than max_len tokens;
+        where lengths are traced that last error cannot be raised: see the class's invariants.
+        Raises NotImplementedError for "mosaic_gpu" on another device.
         """
         self.check_new(k, v)
+        if implementation not in (None, "xla", "mosaic_gpu"):
+            raise ValueError(f'{implementation=} is not "xla", "mosaic_gpu" or None')
         batch, new = k.shape[:2]
         count = jnp.full(batch, new, jnp.int32) if lengths is None else valid_counts(lengths, k)
         total = self.lengths + count
         self._check_room(total)
-        return self._append(k, v, total)
+        if implementation == "mosaic_gpu":
+            self._require_kernel()
+            return self._append_kernel(k, v, count)
+        return self._append(k, v, count)
 
     def dequantize(
         self,
@@ -174,7 +186,8 @@ class KVCache:
 
     # Compiled as a whole also when called from code that is not traced.
     @jax.jit
-    def _append(self, k: Array, v: Array, total: Array) -> "KVCache":
+    def _append(self, k: Array, v: Array, count: Array) -> "KVCache":
+        total = self.lengths + count
         k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
         return replace(
             self._pack_pages(k, v, total),
@@ -182,6 +195,12 @@ class KVCache:
             **self._write_sinks(k, v, total),
             **self._write_ring(k, v, total),
         )
+
+    @jax.jit
+    def _append_kernel(self, k: Array, v: Array, count: Array) -> "KVCache":
+        from pallas_kernels.mosaic.encode import append  # only here: it takes a second to import
+
+        return append(self, k, v, count)
 
     def _packed_tokens(self, rotated: Array, pool: Array, offset: Array) -> Array:
         """[batch, pages, kv_heads, page_size, head_dim] -> [batch, tokens, kv_heads, head_dim]."""
@@ -288,6 +307,15 @@ class KVCache:
         for name, x in {"k": k, "v": v}.items():
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise ValueError(f"{name}.dtype={x.dtype} is not a floating-point type")
+
+    def _require_kernel(self) -> None:
+        capability = device.compute_capability(self.lengths)
+        if capability is None or capability.split(".")[0] not in ("9", "10"):
+            kind = device.of(self.lengths).device_kind
+            raise NotImplementedError(
+                f"the kernel is for Hopper and Blackwell GPUs (compute capability 9.0, 10.x), not "
+                f'for {kind} ({capability}); use implementation="xla" or None'
+            )
 
     def _check_room(self, total: Array) -> None:
         if not isinstance(total, Tracer) and (needed := int(total.max())) > self.max_len:

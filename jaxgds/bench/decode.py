@@ -1,8 +1,6 @@
 """`jaxgds bench decode`: decode attention over compressed caches, against bf16 and ideal FP8.
 
-Every time is of one call in a run over several copies of its input, together larger than the
-device's caches. On a GPU it is what the profiler sums over the call's kernels; `wall` includes
-the gaps between them.
+Times are those of `timing`.
 """
 
 # matplotlib is optional.
@@ -10,8 +8,6 @@ the gaps between them.
 
 import math
 import re
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
+from jaxgds.bench import timing
 from pallas_kernels import codebook
 
 
@@ -59,12 +56,12 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
     case; "error" in place of times for one that is wrong or does not fit). Raises ValueError for
     a format that is not like K4V4.
     """
-    settings = [_format(name) for name in formats]
+    settings = [format_of(name) for name in formats]
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     if not gpu:
         report("no GPU here: only the xla implementation is measured, and the sizes say little")
-    rate = _copy_rate(sizes, gpu)
+    rate = timing.copy_rate(sizes.repeat, gpu)
     results = []
     for batch, seq in product(sizes.batches, sizes.seqs):
         tokens = batch * seq * sizes.kv_heads * sizes.head_dim
@@ -91,7 +88,8 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
     return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
 
 
-def _format(name: str) -> pk.KVFormat:
+def format_of(name: str) -> pk.KVFormat:
+    """The settings that a name such as K4V4 (bits of keys, of values) stands for."""
     if not (match := re.fullmatch(r"K(\d)V(\d)", name)):
         raise ValueError(f"{name!r} is not a format such as K4V4")
     return pk.KVFormat(int(match[1]), int(match[2]))
@@ -101,7 +99,7 @@ def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool)
     shape = jax.eval_shape(partial(_cache, 0, fmt, batch, seq, sizes))
     nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
     make = jax.jit(_cache, static_argnums=(1, 2, 3, 4))
-    caches = [make(i, fmt, batch, seq, sizes) for i in range(_copies(sizes, nbytes))]
+    caches = [make(i, fmt, batch, seq, sizes) for i in range(timing.copies(sizes.nbytes, nbytes))]
     q = jax.random.normal(jax.random.key(1), (batch, sizes.kv_heads * sizes.group, sizes.head_dim))
     implementation = "mosaic_gpu" if gpu else "xla"
     attend = partial(pk.decode_attention, implementation=implementation)
@@ -112,7 +110,9 @@ def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool)
         error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
         if not error <= _TOLERANCE:
             raise ArithmeticError(f"wrong: the result differs from xla's by {error:.1e}")
-    measured = _measure(attend, q.astype(jnp.bfloat16), [(cache,) for cache in caches], sizes, gpu)
+    measured = timing.measure(
+        attend, q.astype(jnp.bfloat16), [(cache,) for cache in caches], sizes.repeat, gpu
+    )
     return {
         "implementation": implementation,
         "bytes": nbytes,  # all of it is read: the cache is full
@@ -157,54 +157,13 @@ def _cache(seed, fmt: pk.KVFormat, batch: int, seq: int, sizes: Sizes) -> pk.KVC
 def _bf16(sizes: Sizes, batch: int, seq: int, implementation: str, gpu: bool) -> dict[str, Any]:
     shape = (batch, seq, sizes.kv_heads, sizes.head_dim)
     nbytes = 4 * math.prod(shape)
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), 2 * _copies(sizes, nbytes))
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 2 * timing.copies(sizes.nbytes, nbytes))
     normal = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
     inputs = [(normal(k), normal(v)) for k, v in zip(keys[::2], keys[1::2], strict=True)]
     q = jnp.ones((batch, 1, sizes.kv_heads * sizes.group, sizes.head_dim), jnp.bfloat16)
     attention: Any = jax.nn.dot_product_attention
     attend = partial(attention, implementation=implementation)
-    return {"bytes": nbytes, **_measure(attend, q, inputs, sizes, gpu)}
-
-
-def _copies(sizes: Sizes, nbytes: int) -> int:
-    return 1 + math.ceil(sizes.nbytes / nbytes) if nbytes < sizes.nbytes else 1
-
-
-def _copy_rate(sizes: Sizes, gpu: bool) -> float:
-    """Bytes per second, read plus written, of a copy that no cache holds."""
-    x = jnp.zeros((256 if gpu else 16) << 20, jnp.float32)
-    one = jnp.float32(1)
-    measured = _measure(lambda one, x: x + one, one, [(x,)], sizes, gpu)
-    return 2 * x.nbytes / measured["us"] * 1e6
-
-
-def _measure(f, shared, inputs: Sequence[tuple], sizes: Sizes, gpu: bool) -> dict[str, Any]:
-    """Medians, in microseconds a call, of f(shared, *input) over the inputs in turn."""
-    every = jax.jit(lambda shared, inputs: [f(shared, *x) for x in inputs])
-    jax.block_until_ready(every(shared, inputs))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready([every(shared, inputs) for _ in range(sizes.repeat)])
-        seconds.append((time.perf_counter() - start) / sizes.repeat / len(inputs))
-    wall = statistics.median(seconds) * 1e6
-    if not gpu:
-        return {"us": wall, "wall_us": wall}
-    from jax.experimental.mosaic.gpu import profiler  # CUPTI; only on GPUs
-
-    repeat = max(2, sizes.repeat)  # of one run it would return the run alone
-    profiled: Any = profiler.measure(every, aggregate=False, iterations=repeat)
-    _, runs = profiled(shared, inputs)
-    per_call = [sum(ms for _, ms in run) * 1e3 / len(inputs) for run in runs]
-    kernels: dict[str, float] = {}
-    for name, ms in runs[len(runs) // 2]:
-        kernels[name[:80]] = kernels.get(name[:80], 0.0) + ms * 1e3 / len(inputs)
-    return {
-        "us": statistics.median(per_call),
-        "wall_us": wall,
-        "launches": len(runs[0]) / len(inputs),
-        "kernels_us": kernels,
-    }
+    return {"bytes": nbytes, **timing.measure(attend, q, inputs, sizes.repeat, gpu)}
 
 
 def table(found: dict[str, Any]) -> str:

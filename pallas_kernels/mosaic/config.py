@@ -44,3 +44,26 @@ class Config:
 
         enough = [splits for splits in range(1, most + 1) if busy(splits) >= 0.9]
         return enough[0] if enough else max(range(1, most + 1), key=busy)
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How an append is cut up; every choice gives the same result.
+
+    tiles: tiles of 64 tokens that a thread block encodes, one after the other, where there are
+    many. blocks: thread blocks that the device needs at least. Raises ValueError for a number that
+    is not positive.
+    """
+
+    tiles: int = 4
+    blocks: int = 132 * 8
+
+    def __post_init__(self):
+        for name in ("tiles", "blocks"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} is not positive")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "EncodeConfig":
+        """The [encode] table of a TOML file such as configs/kernels/h100.toml."""
+        return cls(**tomllib.loads(Path(path).read_text())["encode"])

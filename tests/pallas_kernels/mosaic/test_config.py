@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.mosaic import Config
+from pallas_kernels.mosaic.config import Config, EncodeConfig
 
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "kernels"
@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parents[3] / "configs" / "kernels"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_tunings_can_be_read(path):
+    assert EncodeConfig.read(path) == EncodeConfig(blocks=EncodeConfig.read(path).blocks)
     assert Config.read(path) == Config(blocks=Config.read(path).blocks, stages=Config().stages)
 
 
@@ -34,3 +35,9 @@ def test_short_sequences_are_not_split():
 def test_settings_are_positive(setting):
     with pytest.raises(ValueError, match=f"{setting}=0"):
         Config(**{setting: 0})
+
+
+@pytest.mark.parametrize("setting", ["tiles", "blocks"])
+def test_settings_of_encode_are_positive(setting):
+    with pytest.raises(ValueError, match=f"{setting}=0"):
+        EncodeConfig(**{setting: 0})

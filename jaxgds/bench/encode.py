@@ -1,0 +1,219 @@
+"""`jaxgds bench encode`: appends to a compressed cache, in place, against the copy bandwidth.
+
+An append of one token goes to a cache of several pages, in which it completes none; longer ones
+fill an empty cache. Times are those of `timing`.
+"""
+
+# matplotlib is optional.
+# pyright: reportMissingImports=false
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as pk
+from jaxgds.bench import timing
+from jaxgds.bench.decode import format_of
+from pallas_kernels import packing
+
+
+FORMATS = ("K8V4", "K4V4", "K3V3")
+# Of the codes, how many may differ from xla's: of values next to the middle between two levels.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is swept, and how large. tokens: of an append. nbytes: of what a run goes over."""
+
+    tokens: Sequence[int]
+    batches: Sequence[int]
+    head_dim: int = 128
+    kv_heads: int = 8
+    dtype: str = "bfloat16"
+    nbytes: int = 256 << 20
+    repeat: int = 20
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "dtype" and np.min(value) < 1:
+                raise ValueError(f"{name}={value} is not positive")
+
+
+GPU = Sizes(tokens=(1, 64, 2048, 32768), batches=(1, 8))
+CPU = Sizes(tokens=(1, 256), batches=(1,), head_dim=64, kv_heads=2, nbytes=1, repeat=3)
+
+
+def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[str, Any]:
+    """Checks and times each format at each size on the first device.
+
+    Plain JSON types: machine, copy_rate (bytes per second, read and written), results (one a
+    case; "error" in place of times for one that is wrong or does not fit). Raises ValueError for
+    a format that is not like K4V4.
+    """
+    settings = [format_of(name) for name in formats]
+    device = jax.devices()[0]
+    gpu = device.platform == "gpu"
+    if not gpu:
+        report("no GPU here: only the xla implementation is measured, and the sizes say little")
+    rate = timing.copy_rate(sizes.repeat, gpu)
+    results = []
+    for batch, tokens in product(sizes.batches, sizes.tokens):
+        for name, fmt in zip(formats, settings, strict=True):
+            for implementation in ("mosaic_gpu", "xla") if gpu else ("xla",):
+                report(f"{name} {implementation}, batch {batch}, {tokens} tokens")
+                try:
+                    found = _append(sizes, batch, tokens, fmt, implementation, gpu)
+                except (RuntimeError, ArithmeticError) as e:
+                    found = {"error": str(e).splitlines()[0]}
+                row = {"name": name, "implementation": implementation}
+                results.append({"batch": batch, "tokens": tokens, **row, **found})
+    machine = {
+        "device_platform": device.platform,
+        "device": device.device_kind,
+        "jax": jax.__version__,
+    }
+    shape = {"head_dim": sizes.head_dim, "kv_heads": sizes.kv_heads, "dtype": sizes.dtype}
+    return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
+
+
+def _append(
+    sizes: Sizes, batch: int, tokens: int, fmt: pk.KVFormat, implementation: str, gpu: bool
+) -> dict[str, Any]:
+    before = fmt.sinks + fmt.window + 2 * fmt.page_size if tokens == 1 else 0
+    nbytes = _bytes(sizes, batch, before, tokens, fmt)
+    append = partial(pk.KVCache.append, implementation=implementation)
+    error = 0.0
+    if implementation != "xla":
+        error = difference(sizes, batch, before, tokens, fmt, append)
+        if not error <= _TOLERANCE:
+            raise ArithmeticError(f"wrong: {error:.1e} of the codes differ from xla's")
+
+    def in_place(_, refs, k, v):
+        cache = replace(jax.tree.map(lambda ref: ref[...], refs), lengths=_lengths(batch, before))
+        after = append(cache, k, v)
+        for ref, x in zip(jax.tree.leaves(refs), jax.tree.leaves(after), strict=True):
+            ref[...] = x
+
+    inputs = []
+    for i in range(timing.copies(sizes.nbytes, nbytes)):
+        cache = _empty(sizes, batch, before + tokens, fmt)
+        inputs.append((jax.tree.map(jax.new_ref, cache), *_tokens(sizes, batch, tokens, i)))
+    measured = timing.measure(in_place, None, inputs, sizes.repeat, gpu)
+    return {"bytes": nbytes, "codes_unlike_xla": error, **measured}
+
+
+def _bytes(sizes: Sizes, batch: int, before: int, tokens: int, fmt: pk.KVFormat) -> int:
+    """Bytes that an append has to read (new tokens, old ones that are packed) and to write."""
+    vector = 2 * sizes.kv_heads * sizes.head_dim  # of a key and a value
+    packed = fmt.packed(before + tokens) - fmt.packed(before)
+    kept = min(tokens, fmt.sinks + fmt.ring_slots)  # in bf16
+    old = max(0, packed - max(0, tokens - fmt.window))
+    read = tokens * vector * jnp.dtype(sizes.dtype).itemsize + old * vector * 2
+    written = packed * fmt.bytes_per_token(sizes.kv_heads, sizes.head_dim) + kept * vector * 2
+    return int(batch * (read + written))
+
+
+def difference(sizes, batch, before, tokens, fmt, append) -> float:
+    """The share of codes that differ from xla's."""
+    k, v = _tokens(sizes, batch, before + tokens, 99)
+    caches = []
+    for implementation in (append, partial(pk.KVCache.append, implementation="xla")):
+        cache = _empty(sizes, batch, before + tokens, fmt)
+        for part in (slice(0, before), slice(before, None)):
+            if k[:, part].shape[1]:
+                cache = jax.jit(implementation)(cache, k[:, part], v[:, part])
+        caches.append(cache)
+    one, other = caches
+    differ = total = 0
+    for planes, bits in (("k_planes", fmt.key_bits), ("v_planes", fmt.value_bits)):
+        a, b = (np.asarray(packing.unpack(getattr(x, planes), bits)) for x in (one, other))
+        differ += int((a != b).sum())
+        total += a.size
+    for name in ("recent_k", "recent_v", "sink_k", "sink_v"):
+        if not np.array_equal(getattr(one, name), getattr(other, name)):
+            raise ArithmeticError(f"wrong: {name} differs from xla's")
+    for name in ("k_scale", "v_scale", "key_offset"):
+        a, b = (np.asarray(getattr(x, name), np.float64) for x in (one, other))
+        if not np.allclose(a, b, rtol=2.0**-7, atol=1e-5):
+            raise ArithmeticError(f"wrong: {name} differs from xla's")
+    return differ / total
+
+
+def _lengths(batch: int, before: int) -> jax.Array:
+    return jnp.full(batch, before, jnp.int32)
+
+
+def _empty(sizes: Sizes, batch: int, max_len: int, fmt: pk.KVFormat) -> pk.KVCache:
+    return pk.KVCache.create(fmt, batch, max_len, sizes.kv_heads, sizes.head_dim)
+
+
+def _tokens(sizes: Sizes, batch: int, tokens: int, seed: int) -> list[jax.Array]:
+    shape = (batch, tokens, sizes.kv_heads, sizes.head_dim)
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 2)
+    normal = jax.jit(lambda key: jax.random.normal(key, shape, sizes.dtype))
+    return [normal(key) for key in keys]
+
+
+def table(found: dict[str, Any]) -> str:
+    """`run`'s result as text for people."""
+    machine, shape, rate = found["machine"], found["shape"], found["copy_rate"]
+    lines = [
+        f"{machine['device']}, jax {machine['jax']}, "
+        + ", ".join(f"{name} {value}" for name, value in shape.items()),
+        f"copy: {rate / 1e9:.1f} GB/s (read and written)",
+        f"{'batch':>5}{'tokens':>8}  {'':6}{'':12}{'us':>10}{'wall':>10}{'GB/s':>8}{'of copy':>8}"
+        f"{'x xla':>8}{'launches':>9}",
+    ]
+    for row in found["results"]:
+        start = f"{row['batch']:5}{row['tokens']:8}  {row['name']:6}{row['implementation']:12}"
+        if "us" not in row:
+            lines.append(f"{start}  {row['error']}")
+            continue
+        speed = row["bytes"] / row["us"] * 1e6
+        ratio = _times_xla(found, row)
+        lines.append(
+            f"{start}{row['us']:10.1f}{row['wall_us']:10.1f}{speed / 1e9:8.1f}{speed / rate:8.2f}"
+            f"{f'{ratio:.1f}' if ratio else '-':>8}{row.get('launches', '-'):>9}"
+        )
+    return "\n".join(lines)
+
+
+def _times_xla(found: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """How many times faster the row is than xla at the same."""
+    for other in found["results"]:
+        same = all(other[key] == row[key] for key in ("batch", "tokens", "name"))
+        if same and other["implementation"] == "xla" and "us" in other:
+            return other["us"] / row["us"]
+    return None
+
+
+def plot(found: dict[str, Any], file: str) -> None:
+    """Draws the share of the copy bandwidth against tokens, a panel a batch; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["results"] if "us" in row]
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    kinds = list(dict.fromkeys((row["name"], row["implementation"]) for row in rows))
+    for axes, batch in zip(panels, batches, strict=True):
+        for kind in kinds:
+            points = [
+                (row["tokens"], row["bytes"] / row["us"] * 1e6 / found["copy_rate"])
+                for row in rows
+                if (row["name"], row["implementation"], row["batch"]) == (*kind, batch)
+            ]
+            style = "--" if kind[1] == "xla" else "-"
+            label = " ".join(kind)
+            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=3, label=label)
+        axes.set(xscale="log", xlabel="new tokens", ylabel="share of copy", title=f"batch {batch}")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"append, {found['machine']['device']}", fontsize=10)
+    figure.savefig(file, dpi=150)
