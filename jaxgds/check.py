@@ -1,21 +1,22 @@
 """`jaxgds prepare --check`: proves a prepared checkpoint against its description and its source."""
 
 import json
+import math
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from jaxgds import quantize, sources
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Index, StoredArray, open_index
 from jaxgds.prepare import BLOCK_BYTES, DESCRIPTION
+from jaxgds.progress import Arrived, shown
 from jaxgds.scatter import Box, slabs
 from jaxgds.sources import Model, Tensor
 
@@ -71,9 +72,17 @@ def check(
     problems = list(_structure(entries, index, model))
     found = {"source": model.path, "destination": destination, "arrays": len(entries)}
     if not problems:
-        nbytes, damaged = _checksums(entries, index)
-        sampled, differing = _values(entries, index, model)
-        problems = [*damaged, *differing]
+        arrays = {name: index.array(name) for name in entries}
+        nbytes = sum(len(e.chunks) * arrays[n].layout.chunk_nbytes for n, e in entries.items())
+        samples = {t.name: _samples(t) for t in model.tensors}
+        sampled = sum(
+            _size(box) * t.dtype.itemsize for t in model.tensors for box in samples[t.name]
+        )
+        with shown(nbytes + sampled, "check", after=0) as moved:
+            problems = [
+                *_checksums(entries, arrays, moved),
+                *_values(entries, arrays, model, samples, moved),
+            ]
         found |= {
             "chunks": sum(len(entry.chunks) for entry in entries.values()),
             "bytes": nbytes,
@@ -132,48 +141,51 @@ def _scales(entries: Mapping[str, _Entry]) -> set[str | None]:
     return {entry.scale for entry in entries.values()}
 
 
-def _checksums(entries: Mapping[str, _Entry], index: Index) -> tuple[int, list[str]]:
-    """Reads all chunks; their bytes, and what is wrong with them."""
-    arrays = {name: index.array(name) for name in entries}
+def _checksums(
+    entries: Mapping[str, _Entry], arrays: Mapping[str, StoredArray], moved: Arrived
+) -> list[str]:
+    """Reads all chunks; what is wrong with them."""
+
+    def verify(array: StoredArray, at: tuple[int, ...], checksum: str) -> str | None:
+        what = f"{array.name}: its chunk {at}"
+        try:
+            source = array.chunk(at)
+            size = len(source) if isinstance(source, bytes) else source.nbytes
+            digest = xxhash.xxh3_128()
+            for start in range(0, size, BLOCK_BYTES):
+                part = min(BLOCK_BYTES, size - start)
+                digest.update(sources.read_range(source, start, part, what))
+                moved(part)
+        except CheckpointError as e:
+            return str(e)
+        if digest.hexdigest() == checksum:
+            return None
+        where = "the B-tree" if isinstance(source, bytes) else source.file
+        return f"{what} in {where} fails its checksum"
+
     chunks = [(arrays[n], *chunk) for n, entry in entries.items() for chunk in entry.chunks.items()]
-    total = sum(array.layout.chunk_nbytes for array, _, _ in chunks)
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(desc="checksums", total=total, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-
-        def verify(array: StoredArray, at: tuple[int, ...], checksum: str) -> str | None:
-            what = f"{array.name}: its chunk {at}"
-            try:
-                source = array.chunk(at)
-                size = len(source) if isinstance(source, bytes) else source.nbytes
-                digest = xxhash.xxh3_128()
-                for start in range(0, size, BLOCK_BYTES):
-                    part = min(BLOCK_BYTES, size - start)
-                    digest.update(sources.read_range(source, start, part, what))
-                    bar.update(part)
-            except CheckpointError as e:
-                return str(e)
-            if digest.hexdigest() == checksum:
-                return None
-            where = "the B-tree" if isinstance(source, bytes) else source.file
-            return f"{what} in {where} fails its checksum"
-
-        problems = [p for p in pool.map(verify, *zip(*chunks, strict=True)) if p]
-    return total, problems
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [p for p in pool.map(verify, *zip(*chunks, strict=True)) if p]
 
 
-def _values(entries: Mapping[str, _Entry], index: Index, model: Model) -> tuple[int, list[str]]:
-    """Compares samples of each tensor; bytes of them, and what differs."""
+def _values(
+    entries: Mapping[str, _Entry],
+    arrays: Mapping[str, StoredArray],
+    model: Model,
+    samples: Mapping[str, Sequence[Box]],
+    moved: Arrived,
+) -> list[str]:
+    """Compares samples of each tensor; what differs."""
     tensors, scales = {t.name: t for t in model.tensors}, _scales(entries)
-    problems, nbytes = [], 0
-    weights = {name: entry for name, entry in entries.items() if name not in scales}
-    for name, entry in tqdm(weights.items(), desc="values", unit="array", disable=None):
-        tensor, read = tensors[entry.origin], sources.read_box(index.array(name))
-        scale = sources.read_box(index.array(entry.scale)) if entry.scale else None
-        for box in _samples(tensor):
+    problems = []
+    for name, entry in entries.items():
+        if name in scales:
+            continue
+        tensor, read = tensors[entry.origin], sources.read_box(arrays[name])
+        scale = sources.read_box(arrays[entry.scale]) if entry.scale else None
+        for box in samples[tensor.name]:
             x = tensor.read(box)
-            nbytes += x.nbytes
+            moved(x.nbytes)
             try:
                 got = read(box)
                 if scale is None:
@@ -186,7 +198,7 @@ def _values(entries: Mapping[str, _Entry], index: Index, model: Model) -> tuple[
             if not same:
                 at = ", ".join(f"{a}:{b}" for a, b in box)
                 problems.append(f"{name}[{at}] is not what the source has there")
-    return nbytes, problems
+    return problems
 
 
 def _same_quantised(
@@ -203,6 +215,10 @@ def _same_quantised(
     else:
         proven = bool((maxima <= scales * quantize.LARGEST * (1 + 1e-6)).all())
     return proven and quantize.encode(x, scales).tobytes() == got.tobytes()
+
+
+def _size(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
 
 
 def _samples(tensor: Tensor) -> list[Box]:

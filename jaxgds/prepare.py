@@ -26,21 +26,21 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxgds import ocdbt, prepared, quantize, sources
 from jaxgds.index import value_key
 from jaxgds.output import Writer, check_space, temporary, write_file
 from jaxgds.prepared import Array
+from jaxgds.progress import Arrived, shown
 from jaxgds.quantize import Rows
-from jaxgds.rules import Mesh, Rule, Rules, fitted, shipped
+from jaxgds.rules import Mesh, Rule, Rules, fitted, has_rules, shipped
 from jaxgds.scatter import Box, slabs
 from jaxgds.sources import Model, Tensor
 
@@ -84,7 +84,8 @@ def prepare(
       source: a safetensors file or directory, an Orbax checkpoint or a GGUF file.
       destination: a directory that does not exist yet.
       mesh: the mesh it will be restored onto (it can be restored onto others too).
-      rules: how parameters are sharded; None takes those that ship for the model's family.
+      rules: how parameters are sharded; None takes those that ship for the model's family. Without
+        any, it can be prepared for one device, not quantised.
       method: "fp8" quantises the parameters whose rules have `contract`.
       dtype: of all other floating-point parameters; None leaves them as they are.
       file_bytes: where a rank's files are cut.
@@ -104,7 +105,9 @@ def prepare(
     if os.path.lexists(destination):
         raise FileExistsError(errno.EEXIST, "remove it, or choose another", destination)
     model = sources.open_model(source)
-    rules = rules or shipped(model.config)
+    if rules is None:
+        one = mesh.size == 1 and method is None and not has_rules(model.config)
+        rules = Rules("none", (Rule(("*",), ()),)) if one else shipped(model.config)
     jobs = make_jobs(model, rules, mesh, method, dtype)
     arrays = [a for job in jobs for a in (job.array, job.scale) if a is not None]
     places = prepared.place(arrays, mesh, file_bytes)
@@ -114,18 +117,12 @@ def prepare(
         temporary(destination) as folder,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(
-            desc="prepare",
-            total=sum(j.tensor.nbytes for j in jobs),
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar,
+        shown(sum(job.tensor.nbytes for job in jobs), "prepare", after=0) as moved,
         Writer(folder, places) as writer,
     ):
         for job in jobs:
             try:
-                _convert(job, writer, reader, pool, bar.update)
+                _convert(job, writer, reader, pool, moved)
             except quantize.NotFiniteError as e:
                 raise ValueError(f"{job.tensor.name!r} cannot be quantised: {e}") from e
         values = writer.finish()
@@ -229,7 +226,7 @@ def _convert(
     writer: Writer,
     reader: Executor,
     pool: Executor,
-    report: Callable[[int], object],
+    moved: Arrived,
 ) -> None:
     """Reads a tensor block by block, converts it, and writes its shards."""
     tensor, scale = job.tensor, job.scale
@@ -237,7 +234,7 @@ def _convert(
     if scale is None:
         for box, x in _read_ahead(reader, tensor, boxes):
             writer.put(job.array, box, x.astype(job.array.dtype, copy=False))
-            report(x.nbytes)
+            moved(x.nbytes)
         return
     contract, scales = job.contract, np.zeros(scale.shape, np.float32)
     whole = all(box[contract] == (0, tensor.shape[contract]) for box in boxes)
@@ -258,7 +255,7 @@ def _convert(
         axis = max((d for d in range(x.ndim) if d != contract), key=lambda d: x.shape[d], default=0)
         quantize.in_parts(encode, x.shape, axis, pool)
         writer.put(job.array, box, encoded)
-        report(x.nbytes)
+        moved(x.nbytes)
     writer.put(scale, tuple((0, n) for n in scale.shape), scales)
 
 

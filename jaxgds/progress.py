@@ -12,11 +12,11 @@ type Arrived = Callable[[int], object]
 
 
 @contextmanager
-def shown(nbytes: int) -> Iterator[Arrived]:
+def shown(nbytes: int, what: str = "restore", after: float = 1) -> Iterator[Arrived]:
     """A function to call with each number of bytes that has arrived, of `nbytes` in all.
 
-    After a second a line shows how many these are, GB/s and the time left: on a terminal, unless
-    the environment variable JAXGDS_PROGRESS is 0.
+    After `after` seconds a line shows how many these are, GB/s and the time left: on a terminal,
+    unless the environment variable JAXGDS_PROGRESS is 0.
     """
     if not sys.stderr.isatty() or os.environ.get("JAXGDS_PROGRESS") == "0":
         yield ignore
@@ -26,7 +26,7 @@ def shown(nbytes: int) -> Iterator[Arrived]:
     class Bar(tqdm):
         monitor_interval = 0  # no thread that stays
 
-    with Bar(desc="restore", total=nbytes, unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with Bar(desc=what, total=nbytes, unit="B", unit_scale=True, delay=after, leave=False) as bar:
         yield bar.update
 
 

@@ -133,6 +133,11 @@ def _rule(entry: Mapping[str, Any]) -> Rule:
     return Rule(tuple(names), spec, contract)
 
 
+def has_rules(config: Mapping[str, Any] | None) -> bool:
+    """Whether rules ship for this model's family."""
+    return (config or {}).get("model_type") in _FAMILIES
+
+
 def shipped(config: Mapping[str, Any] | None) -> Rules:
     """The rules that ship for a model's family, by `model_type` of its config.json.
 
