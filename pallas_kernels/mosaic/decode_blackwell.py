@@ -94,7 +94,9 @@ def attention_parts(
     accumulators = d // ROWS or 2
     columns = d // 4 + max(d, ROWS) * min(d, ROWS) // (4 * ROWS)
     columns += PARTS * rows * (1 + accumulators)
-    resident = min(_SHARED_MEMORY // used or 1, _COLUMNS // 2 ** math.ceil(math.log2(columns)), 4)
+    # Three have the registers: see the tests of ahead-of-time compilation.
+    in_tensor_memory = _COLUMNS // 2 ** math.ceil(math.log2(columns))
+    resident = min(_SHARED_MEMORY // used or 1, in_tensor_memory, 3)
     at_most = cache.page_table.shape[1] * fmt.page_size
     if sliding_window is not None:
         at_most = min(at_most, sliding_window + 2 * ROWS)

@@ -16,16 +16,17 @@ import pytest
 HERE = Path(__file__).parent
 TARGETS = HERE.parents[2] / "configs" / "targets"
 SHARED_MEMORY = 227 * 1024
-ARCHITECTURES = {"h100": "sm_90a"}
+TENSOR_MEMORY = 512  # columns
+ARCHITECTURES = {"h100": "sm_90a", "b200": "sm_100a"}
 COPY = "UTMALDG"  # from memory through TMA
-TENSOR_CORES = {"h100": "HGMMA"}
+TENSOR_CORES = {"h100": "HGMMA", "b200": "UTCQMMA"}
 
 
 @dataclass(frozen=True)
 class Case:
     """registers: the most a thread may take. launches: of a whole call, XLA's own included.
 
-    instructions: that each of its kernels must have.
+    instructions: that its kernels must have. columns: the most of tensor memory.
     """
 
     target: str
@@ -34,16 +35,19 @@ class Case:
     registers: int
     launches: int
     instructions: tuple[str, ...]
+    columns: int = TENSOR_MEMORY
 
     def __str__(self) -> str:
         return "-".join(map(str, [self.target, self.kernel, *self.parameters.values()]))
 
 
-def decode(target, key_bits, value_bits, head_dim, group, registers):
+def decode(target, key_bits, value_bits, head_dim, group, page_size=64, **most):
     parameters = dict(key_bits=key_bits, value_bits=value_bits, head_dim=head_dim, group=group)
+    parameters |= dict(page_size=page_size)
     # Queries that do not fill rows of eight cost a fusion before and one after.
     launches = 4 if group % 8 else 2
-    return Case(target, "decode", parameters, registers, launches, (COPY, TENSOR_CORES[target]))
+    instructions = (COPY, TENSOR_CORES[target])
+    return Case(target, "decode", parameters, launches=launches, instructions=instructions, **most)
 
 
 CASES = [
@@ -54,6 +58,12 @@ CASES = [
     decode("h100", 2, 8, 64, 4, registers=128),
     decode("h100", 8, 3, 64, 16, registers=128),
     decode("h100", 4, 4, 256, 8, registers=255),
+    # 168 registers and 128 columns of tensor memory let three blocks run at once, 255 and 256 two.
+    decode("b200", 4, 4, 128, 8, registers=168, columns=128),
+    decode("b200", 3, 3, 128, 8, registers=168, columns=128),
+    decode("b200", 2, 8, 64, 4, registers=168, columns=128),
+    decode("b200", 8, 3, 64, 16, 16, registers=255, columns=256),
+    decode("b200", 4, 4, 256, 8, registers=255, columns=256),
 ]
 
 
@@ -112,7 +122,8 @@ def test_compiles_to(folder, case):
     assert all(f".target {ARCHITECTURES[case.target]}" in ptx for ptx in dumps("ptx"))
     for resources in dumps("resources.txt"):
         assert int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]) <= SHARED_MEMORY
-    for code in dumps("sass_ctrl"):
-        assert "LDL" not in code
-        assert [name for name in case.instructions if name not in code] == []
+        assert int(re.findall(r"tmem_scratch_cols=(\d+)", resources)[0]) <= case.columns
+    code = "".join(dumps("sass_ctrl"))
+    assert "LDL" not in code  # loads of what was spilled
+    assert [name for name in case.instructions if name not in code] == []
     assert (out / "launches").read_text() == str(case.launches)
