@@ -46,7 +46,6 @@ class Lane:
         self._memory: cuda.Pinned | None = None
         self._slots: list[Slot] = []
         self._next = 0
-        self._scratch: dict[int, tuple[int, int]] = {}  # GPU -> (pointer, bytes)
         self._current: int | None = None
 
     def open(self, ordinal: int) -> None:
@@ -94,27 +93,11 @@ class Lane:
         cuda.submit("cuEventRecord", event, self._streams.at(ordinal))
         slot.pending.append(event)
 
-    def scratch(self, ordinal: int, nbytes: int) -> int:
-        """Device memory of the current GPU for what is queued next; kept until `drain`."""
-        pointer, have = self._scratch.get(ordinal, (0, 0))
-        if have < nbytes:
-            if have:
-                cuda.call("cuStreamSynchronize", self._streams.at(ordinal))
-                cuda.free(pointer)
-                del self._scratch[ordinal]
-            pointer = cuda.allocate(nbytes)
-            self._scratch[ordinal] = (pointer, nbytes)
-        return pointer
-
     def drain(self) -> None:
-        """Returns when nothing of this lane's is under way; gives device memory back."""
+        """Returns when nothing of this lane's is under way."""
         for slot in self._slots:
             while slot.pending:
                 cuda.wait(slot.pending.pop())
-        for ordinal, (pointer, _) in self._scratch.items():
-            self.stream(ordinal)
-            cuda.free(pointer)
-        self._scratch.clear()
 
     def close(self) -> None:
         """Drains, and gives everything back."""
@@ -172,24 +155,21 @@ class Ring:
         self.busy = threading.Lock()
         self.slot_bytes = slot_bytes
         self._threads, self._slots = threads, slots
-        # Two, so that one copies to the device while the other scatters there.
-        self._streams = (Streams(), Streams())
+        self._streams = Streams()
         self._lanes: list[Lane] = []
 
     def lanes(self, ordinals: list[int]) -> list[tuple[Lane, int]]:
         """Lanes for a restore onto these GPUs, each with the GPU it works for first."""
         count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
         while len(self._lanes) < count:
-            streams = self._streams[len(self._lanes) // 2 % 2]
-            self._lanes.append(Lane(self._slots, self.slot_bytes, streams))
+            self._lanes.append(Lane(self._slots, self.slot_bytes, self._streams))
         return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(self._lanes[:count])]
 
     def close(self) -> None:
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
-        for streams in self._streams:
-            streams.close()
+        self._streams.close()
 
 
 def near(ordinal: int) -> None:
