@@ -29,8 +29,9 @@ def decode_attention(
     q_heads is a multiple of the cache's kv_heads (grouped queries); scale: of the scores, default
     head_dim**-0.5; soft_cap: scores s become soft_cap * tanh(s / soft_cap); sliding_window: only
     the newest that many tokens are attended to, the sinks only where they are among them.
-    implementation: "mosaic_gpu" is the kernel for Hopper GPUs (compute capability 9.0), "xla" runs
-    everywhere; None is the kernel on these GPUs wherever it can do the case, else "xla".
+    implementation: "mosaic_gpu" is the kernel for Hopper GPUs (compute capability 9.0), or that for
+    Blackwell GPUs (10.x), which is compiled and interpreted in tests but has not yet run on one;
+    "xla" runs everywhere; None is the kernel on Hopper wherever it can do the case, else "xla".
     Returns q's shape and dtype: zeros for an empty sequence, NaN for one that overflowed.
     Raises ValueError for arguments that do not fit, NotImplementedError (with the reason) where
     "mosaic_gpu" cannot run: on this device, or with so many queries a KV head.
@@ -46,9 +47,9 @@ def decode_attention(
         from pallas_kernels import mosaic  # only where it is used: it takes a second to import
 
         fixed = None if scale is None else float(scale)
-        return mosaic.decode_attention(
-            q, cache, fixed, soft_cap=soft_cap, sliding_window=sliding_window
-        )
+        options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+        architecture = mosaic.architecture(q)
+        return mosaic.decode_attention(q, cache, fixed, architecture=architecture, **options)
 
     return _choose(implementation, plain, kernel, q, cache)
 
@@ -106,7 +107,7 @@ def _choose(implementation: str | None, plain, kernel, q: Array, cache: KVCache)
     from pallas_kernels import mosaic  # only where it is used: it takes a second to import
 
     if implementation:
-        mosaic.require_hopper(q)
+        mosaic.architecture(q)  # raises an error where there is none
         return kernel(q, cache)
     if mosaic.unsupported(q, cache) is not None:
         return plain(q, cache)

@@ -1,6 +1,6 @@
 """Attention over a KVCache as Pallas Mosaic GPU kernels: the only place that uses that API."""
 
+from pallas_kernels.mosaic.attention import architecture as architecture
 from pallas_kernels.mosaic.attention import decode_attention as decode_attention
-from pallas_kernels.mosaic.attention import require_hopper as require_hopper
 from pallas_kernels.mosaic.attention import unsupported as unsupported
 from pallas_kernels.mosaic.config import Config as Config

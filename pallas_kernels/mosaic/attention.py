@@ -84,11 +84,18 @@ def _queries(q: Float[Array, "batch q_heads head_dim"], heads: int) -> tuple[Arr
     return high.astype(jnp.bfloat16), (q - high).astype(jnp.bfloat16)
 
 
-def require_hopper(x: Array) -> None:
-    """Raises NotImplementedError unless `x` is, or if it is traced will be, on a Hopper GPU."""
-    if (capability := device.compute_capability(x)) != "9.0":
-        kind = device.of(x)
-        raise NotImplementedError(
-            f"the kernel is for Hopper GPUs (compute capability 9.0), not for "
-            f'{kind.device_kind} ({kind.platform}, {capability}); use implementation="xla"'
-        )
+def architecture(x: Array) -> Architecture:
+    """Of the GPU that `x` is on, or if it is traced will be.
+
+    Raises NotImplementedError unless that is a Hopper or Blackwell GPU of a data centre.
+    """
+    capability = device.compute_capability(x) or ""
+    if capability == "9.0":
+        return "hopper"
+    if capability.startswith("10."):
+        return "blackwell"
+    kind = device.of(x)
+    raise NotImplementedError(
+        f"the kernels are for Hopper and Blackwell GPUs (compute capability 9.0 or 10.x), not for "
+        f'{kind.device_kind} ({kind.platform}, {capability}); use implementation="xla"'
+    )

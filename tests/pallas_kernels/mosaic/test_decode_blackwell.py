@@ -14,7 +14,7 @@ from attend import assert_close, attend_both
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as pk
-from pallas_kernels import codebook, mosaic, packing
+from pallas_kernels import codebook, device, mosaic, packing
 from pallas_kernels.mosaic import blackwell, levels, row_levels
 
 
@@ -214,3 +214,17 @@ def test_machine_code_splits_float16_into_e4m3(layout, m, n):
 def test_order_is_a_permutation_within_words(bits, n):
     order = row_levels.order(bits, n)
     assert sorted(order) == list(range(n)) and (order // 16 == np.arange(n) // 16).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [("9.0", "hopper"), ("10.0", "blackwell"), ("10.3", "blackwell"), ("12.0", None), (None, None)],
+)
+def test_kernels_are_chosen_by_compute_capability(monkeypatch, capability, architecture):
+    monkeypatch.setattr(device, "compute_capability", lambda x: capability)
+    x = jnp.zeros(1)
+    if architecture:
+        assert mosaic.architecture(x) == architecture
+    else:
+        with pytest.raises(NotImplementedError, match="9.0 or 10.x"):
+            mosaic.architecture(x)
