@@ -5,6 +5,11 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from jaxgds.advice import advice
+from jaxgds.engines import cuda, gds_proof
+from jaxgds.errors import CheckpointError
+from jaxgds.inspect import inspect
+
 
 NETWORK = ("nfs", "nfs4", "lustre", "cifs", "ceph", "beegfs", "fuse.gcsfuse", "9p", "virtiofs")
 
@@ -18,7 +23,12 @@ def doctor(path: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": _machine(), "devices": _devices(), "gds": _gds()}
     if path is not None:
         found["path"] = _file_system(path)
+        try:
+            found["checkpoint"] = inspect(path)["total"]
+        except CheckpointError:  # any directory may be asked about
+            pass
     found["verdict"] = _verdict(found)
+    found["advice"] = advice(found)
     return found
 
 
@@ -41,6 +51,7 @@ def _devices() -> list[dict[str, Any]]:
             "platform": d.platform,
             "kind": d.device_kind,
             "bytes_limit": (d.memory_stats() or {}).get("bytes_limit"),
+            "numa_node": cuda.numa_node(d.local_hardware_id) if d.platform == "gpu" else None,
         }
         for d in jax.local_devices()
     ]
@@ -58,6 +69,8 @@ def _gds() -> dict[str, Any]:
         "nvidia_fs": _read(nvfs) if os.path.exists(nvfs) else None,
         "kvikio": kvikio,
         "cufile_json": os.environ.get("CUFILE_ENV_PATH_JSON"),
+        "p2pdma": gds_proof.peer_to_peer(),
+        "ready": gds_proof.missing() is None,
     }
 
 
@@ -73,7 +86,20 @@ def _file_system(path: str) -> dict[str, Any]:
         **mount,
         "network": kind in NETWORK,
         "direct_io": _direct_io(files[0]) if files else None,
+        "numa_node": _drive_node(os.stat(full).st_dev),
     }
+
+
+def _drive_node(device: int) -> int | None:
+    """The NUMA node of the drive that holds a file system; None for network and memory."""
+    here = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for folder in (f"{here}/device/device", f"{here}/../device/device", f"{here}/device"):
+        try:
+            node = int(_read(f"{folder}/numa_node"))
+        except (OSError, ValueError):
+            continue
+        return node if node >= 0 else None
+    return None
 
 
 def _mount(path: str) -> dict[str, str]:
@@ -106,31 +132,15 @@ def _direct_io(file: str) -> bool:
 
 
 def _verdict(found: dict[str, Any]) -> list[str]:
-    """What follows for a restore, one sentence each."""
-    platforms = {d["platform"] for d in found["devices"]}
-    lines = []
-    if "gpu" not in platforms:
-        lines.append("JAX sees no GPU: restores take the host path (preadv into host memory).")
-        if found["gds"]["nvidia_driver"]:
-            lines.append("There is an NVIDIA driver: install jaxgds[cuda13] or jaxgds[cuda12].")
-    else:
-        lines += _gpu_verdict(found)
-    where = found.get("path")
-    if where and where["direct_io"] is False:
-        lines.append(f"{where['kind']} gives no direct I/O: reads go through the page cache.")
-    return lines
-
-
-def _gpu_verdict(found: dict[str, Any]) -> list[str]:
-    gds = found["gds"]
-    if gds["nvidia_fs"] is None:
-        return [
-            "No nvidia-fs driver: restores take the pinned path (reads into pinned memory, "
-            "asynchronous copies), which needs nothing else."
-        ]
-    if gds["kvikio"] is None:
-        return ["nvidia-fs is loaded, but kvikio is not installed: restores take the pinned path."]
-    return ["nvidia-fs and kvikio are there: restores try GPUDirect Storage."]
+    """Which path a restore takes here, one sentence each."""
+    if not any(d["platform"] == "gpu" for d in found["devices"]):
+        return ["JAX sees no GPU: restores take the host path (preadv into host memory)."]
+    if not found["gds"]["ready"]:
+        return ["Restores take the pinned path: reads into pinned memory, asynchronous copies."]
+    return [
+        "Restores try GPUDirect Storage, and take the pinned path where a trial read does not "
+        "prove that it works."
+    ]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -138,13 +148,16 @@ def table(found: dict[str, Any]) -> str:
     lines = []
     for part in ("machine", "gds", "path"):
         for key, value in found.get(part, {}).items():
-            shown = f"{value / 1e9:.1f} GB" if key.endswith("_bytes") and value else value
+            if value is None:
+                continue
+            shown = f"{value / 1e9:.1f} GB" if key.endswith("_bytes") else value
             lines.append(f"{part:8} {key.removesuffix('_bytes'):14} {shown}")
     for i, device in enumerate(found["devices"]):
         limit = device["bytes_limit"]
         memory = f", {limit / 1e9:.0f} GB for XLA" if limit else ""
         lines.append(f"device   {i:<14} {device['kind']} ({device['platform']}){memory}")
-    return "\n".join([*lines, "", *found["verdict"]])
+    steps = [f"- {text}" for text in found["advice"]]
+    return "\n".join([*lines, "", *found["verdict"], *steps])
 
 
 def _installed(name: str) -> bool:

@@ -27,12 +27,12 @@ def missing() -> str | None:
     """What keeps GPUDirect Storage from being tried on this machine; None if nothing does."""
     if importlib.util.find_spec("kvikio") is None:
         return "kvikio is not installed"
-    if not os.path.exists(f"{NVIDIA_FS}/version") and not _peer_to_peer():
+    if not os.path.exists(f"{NVIDIA_FS}/version") and not peer_to_peer():
         return "the nvidia-fs driver is not loaded, and cuFile is not set to use P2PDMA"
     return None
 
 
-def _peer_to_peer() -> bool:
+def peer_to_peer() -> bool:
     """Whether cuFile is told to use the kernel's own peer-to-peer transfers."""
     if os.environ.get("CUFILE_USE_PCIP2PDMA", "").lower() in ("1", "true"):
         return True
