@@ -7,30 +7,24 @@ the bytes themselves when the B-tree holds them inline.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from urllib.parse import unquote
 
-import tensorstore as ts
+import numpy as np
 
 from jaxgds import zarr
+from jaxgds.crc import crc32c as crc32c
 from jaxgds.errors import CheckpointError
+from jaxgds.values import MAX_NODE, Files, ValueLostError, open_values, read_metadata
+from jaxgds.values import Database as Database
+from jaxgds.values import Extent as Extent
+from jaxgds.values import Source as Source
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Extent:
-    """A byte range of a file."""
-
-    file: str
-    offset: int
-    nbytes: int
-
-
-Source = Extent | bytes  # bytes: a value held inline by the metadata
+ZSTD_BLOCK = 128 << 10  # what a zstd block, of four bytes at least, can at most expand to
 _ABSENT = 2**64 - 1  # offset and length, in a shard's index, of a chunk that was not stored
 
 
@@ -41,9 +35,7 @@ class StoredArray:
     name: str
     layout: zarr.Layout
     _values: Mapping[str, Source]
-    _shard_indices: dict[tuple[int, ...], list[tuple[int, int]]] = dataclasses.field(
-        default_factory=dict
-    )
+    _shard_indices: dict[tuple[int, ...], np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -65,7 +57,7 @@ class StoredArray:
         if outer not in self._shard_indices:
             self._shard_indices[outer] = self._read_shard_index(source)
         inner = tuple(i % p for i, p in zip(index, per, strict=True))
-        at, length = self._shard_indices[outer][_ravel(inner, per)]
+        at, length = self._shard_indices[outer][_ravel(inner, per)].tolist()
         if at == length == _ABSENT:
             raise CheckpointError(
                 f"array {self.name!r}: {_where(source)}: its shard lacks chunk {index}"
@@ -78,27 +70,55 @@ class StoredArray:
         for index in itertools.product(*map(range, self.grid)):
             yield index, self.chunk(index)
 
+    def check_stored(self) -> None:
+        """Raises CheckpointError if what is stored is too little to be the whole array.
+
+        Costs far less than to look at every chunk, and comes before memory is allocated.
+        """
+        assert isinstance(self._values, Database | Files)
+        sizes = self._values.sizes(value_key(self.name, ""))
+        zstd = self.layout.codec == "zstd"
+        try:
+            most = sum(decoded_at_most(n) if zstd else n for n in sizes)
+        except ValueLostError as e:
+            raise CheckpointError(f"array {self.name!r}: {e}") from e
+        nbytes = math.prod(self.layout.shape) * self.layout.dtype.itemsize
+        if nbytes > most:
+            raise CheckpointError(
+                f"array {self.name!r}: shape={self.layout.shape} of {self.layout.dtype} takes "
+                f"{nbytes} bytes, but what is stored can be {most} at most; "
+                "chunks are missing or the metadata is damaged"
+            )
+
     def _value(self, outer: tuple[int, ...]) -> Source:
         key = value_key(self.name, self.layout.key(outer))
         try:
             return self._values[key]
         except KeyError:
             raise CheckpointError(f"array {self.name!r}: its chunk {key!r} is missing") from None
+        except ValueLostError as e:
+            raise CheckpointError(f"array {self.name!r}: {e}") from e
 
-    def _read_shard_index(self, source: Source) -> list[tuple[int, int]]:
+    def _read_shard_index(self, source: Source) -> np.ndarray:
         """(offset, length) of each chunk of one shard, from the index at the shard's end."""
         count = math.prod(self.layout.per_stored)
-        size = 16 * count + 4
+        size, total = 16 * count + 4, nbytes_of(source)
+        where = f"array {self.name!r}: {_where(source)}"
+        if size > min(total, MAX_NODE):
+            raise CheckpointError(
+                f"{where}: {total} bytes are no shard of {count} chunks; "
+                "the file is truncated or the metadata is damaged"
+            )
         raw = _tail(source, size, self.name)
-        where = _where(source)
         (checksum,) = struct.unpack("<I", raw[-4:])
         if checksum != crc32c(raw[:-4]):
-            raise CheckpointError(f"array {self.name!r}: {where}: a shard index fails its checksum")
-        total = len(source) if isinstance(source, bytes) else source.nbytes
-        entries = list(struct.iter_unpack("<QQ", raw[:-4]))
-        for at, length in entries:
-            if not (at == length == _ABSENT) and at + length > total - size:
-                raise CheckpointError(f"array {self.name!r}: {where}: a shard index points outside")
+            raise CheckpointError(f"{where}: a shard index fails its checksum")
+        entries = np.frombuffer(raw[:-4], "<u8").reshape(count, 2)
+        at, length = entries.T
+        absent = (at == _ABSENT) & (length == _ABSENT)
+        room = np.uint64(total - size)
+        if (~absent & ((at > room) | (length > room - np.minimum(at, room)))).any():
+            raise CheckpointError(f"{where}: a shard index points outside")
         return entries
 
 
@@ -127,14 +147,21 @@ class Index:
           CheckpointError: there is none, or its metadata is damaged.
           NotImplementedError: its encoding is not read here (codec, order, filter).
         """
-        v2 = self._values.get(value_key(name, ".zarray"))
-        v3 = self._values.get(value_key(name, "zarr.json"))
+        v2, v3 = (self._metadata(name, file) for file in (".zarray", "zarr.json"))
         if v2 is None and v3 is None:
             raise CheckpointError(
                 f"{self.path}: no array {name!r} in this checkpoint; it has {_few(self.names())}"
             )
-        layout = zarr.parse(v2 and _content(v2, name), v3 and _content(v3, name), name)
-        return StoredArray(name, layout, self._values)
+        return StoredArray(name, zarr.parse(v2, v3, name), self._values)
+
+    def _metadata(self, name: str, file: str) -> bytes | None:
+        try:
+            source = self._values[value_key(name, file)]
+        except KeyError:
+            return None
+        except ValueLostError as e:
+            raise CheckpointError(f"array {name!r}: {e}") from e
+        return _tail(source, nbytes_of(source), name)
 
 
 def open_index(path: str | os.PathLike[str]) -> Index:
@@ -146,88 +173,31 @@ def open_index(path: str | os.PathLike[str]) -> Index:
     path = os.fspath(path)
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: not a checkpoint directory")
-    if os.path.exists(os.path.join(path, "manifest.ocdbt")):
-        return Index(path, _ocdbt_values(path))
-    return Index(path, _Files(path))
-
-
-def _ocdbt_values(path: str) -> dict[str, Source]:
-    """Every key of an OCDBT database: walks the B-tree with TensorStore's public dump."""
-    root = path.rstrip("/") + "/"
-    store = ts.KvStore.open({"driver": "file", "path": root}).result()
-    values: dict[str, Source] = {}
-    try:
-        version = ts.ocdbt.dump(store).result()["versions"][-1]
-        location = version["root"].get("location")
-        level = [(b"", location)] if location else []
-        while level:  # one level of the tree at a time, its nodes read concurrently
-            nodes = [(prefix, ts.ocdbt.dump(store, at)) for prefix, at in level]
-            level = []
-            for prefix, node in ((p, f.result()) for p, f in nodes):
-                for entry in node["entries"]:
-                    key = prefix + entry["key"]
-                    if node["height"] > 0:
-                        child = prefix + entry.get("subtree_common_prefix", b"")
-                        level.append((child, entry["location"]))
-                    elif "inline_value" in entry:
-                        values[key.decode()] = bytes(entry["inline_value"])
-                    else:  # value:<base>:<relative path>:<offset>:<length>
-                        _, base, rel, offset, length = entry["indirect_value"].split(":")
-                        file = root + unquote(base) + unquote(rel)
-                        values[key.decode()] = Extent(file, int(offset), int(length))
-    except (ValueError, KeyError, IndexError) as e:  # TensorStore raises ValueError
-        # Callers of Orbax match the first words: they are what TensorStore's own error says.
-        why = f'Error opening "ocdbt" driver: the database is damaged: {e}'
-        raise CheckpointError(f"{path}: {why}") from e
-    return values
-
-
-class _Files(Mapping[str, Source]):
-    """The same view of a checkpoint without OCDBT: every key is a file."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __getitem__(self, key: str) -> Source:
-        file = os.path.join(self._path, key)
-        try:
-            return Extent(file, 0, os.stat(file).st_size)
-        except (FileNotFoundError, NotADirectoryError):
-            raise KeyError(key) from None
-
-    def __iter__(self) -> Iterator[str]:
-        for folder, _, files in os.walk(self._path):
-            for file in files:
-                yield os.path.relpath(os.path.join(folder, file), self._path)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _content(source: Source, name: str) -> bytes:
-    return _tail(source, len(source) if isinstance(source, bytes) else source.nbytes, name)
+    return Index(path, open_values(path))
 
 
 def _tail(source: Source, nbytes: int, name: str) -> bytes:
     """The last `nbytes` bytes of a value."""
     if isinstance(source, bytes):
-        data, where = source[-nbytes:], "inline value"
-    else:
-        where = source.file
-        try:
-            with open(source.file, "rb", buffering=0) as f:
-                offset = max(source.offset, source.offset + source.nbytes - nbytes)
-                data = os.pread(f.fileno(), nbytes, offset)
-        except OSError as e:
-            raise CheckpointError(f"array {name!r}: cannot read {where}: {e}") from e
-    if len(data) != nbytes:
-        raise CheckpointError(f"array {name!r}: {where} is truncated")
-    return data
+        return source[len(source) - nbytes :]
+    try:
+        return read_metadata(source.file, source.offset + source.nbytes - nbytes, nbytes)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"array {name!r}: cannot read {source.file}: {e}") from e
 
 
 def value_key(name: str, rest: str) -> str:
     """Key of `rest`, metadata or a chunk; an array that is the whole item has no folder."""
     return f"{name}/{rest}" if name else rest
+
+
+def decoded_at_most(nbytes: int) -> int:
+    """What that many bytes of zstd data can at most expand to."""
+    return (nbytes // 4 + 1) * ZSTD_BLOCK
+
+
+def nbytes_of(source: Source) -> int:
+    return len(source) if isinstance(source, bytes) else source.nbytes
 
 
 def _where(source: Source) -> str:
@@ -244,21 +214,3 @@ def _ravel(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(map(repr, names[:8])) + more
-
-
-@functools.cache
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of metadata: slow, about 10 MB/s."""
-    table, crc = _crc32c_table(), 0xFFFFFFFF
-    for byte in data:
-        crc = (crc >> 8) ^ table[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF

@@ -230,6 +230,7 @@ def _numpy_leaf(index: Index, info, arg) -> StoredArray:
     if arg.dtype is not None and arg.dtype != stored:
         raise NotImplementedError(f"a cast from {stored} to {np.dtype(arg.dtype)}, in numpy")
     _check_chunks(array, info)
+    array.check_stored()
     return array
 
 
@@ -255,6 +256,7 @@ def _leaf(index: Index, saved: SavedShardings, key_impls: Mapping[str, str], inf
     if why is not None:
         raise NotImplementedError(why)
     _check_chunks(array, info)
+    array.check_stored()
     return _Leaf(wanted, key_impl)
 
 

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Sharding
 
 from jaxgds.errors import CheckpointError
-from jaxgds.index import Extent, Source, StoredArray
+from jaxgds.index import Extent, Source, StoredArray, decoded_at_most, nbytes_of
 from jaxgds.scatter import Box, Destination, Scatter, Segment, moved, strides_of
 from jaxgds.zarr import Codec
 
@@ -113,17 +113,26 @@ def _array_reads(
 ) -> Iterator[Read]:
     layout = array.layout
     wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    sources: dict[tuple[int, ...], Source] = {}
     for number in numbers:
         spans = [
             range(start // c, -(-stop // c))
             for (start, stop), c in zip(destinations[number].box, layout.chunk, strict=True)
         ]
         for index in itertools.product(*spans):
+            if (
+                index not in sources
+            ):  # at once: a grid may name more chunks than memory has room for
+                sources[index] = array.chunk(index)
             wanted[index].append(number)
     strides = {n: strides_of(destinations[n].shape, layout.dtype.itemsize) for n in numbers}
     alike: dict[tuple[int, ...], tuple[tuple[int, ...], list[tuple[int, Segment]]]] = {}
     for index, needed_by in wanted.items():
-        source = array.chunk(index)
+        source = sources[index]
+        if layout.codec == "raw":
+            _check_size(array.name, source, layout.chunk_nbytes)
+        else:
+            _check_expansion(array.name, source, layout.chunk_nbytes)
         origin = tuple(i * c for i, c in zip(index, layout.chunk, strict=True))
         chunk = Scatter(layout.chunk, origin, layout.dtype.itemsize, destinations, needed_by)
         # Chunks that lie wholly inside the same destinations differ by a shift only, and
@@ -137,7 +146,6 @@ def _array_reads(
             if all(chunk.inside):
                 alike[tuple(needed_by)] = origin, parts
         if layout.codec == "raw":
-            _check_size(array.name, source, layout.chunk_nbytes)
             for at, segment in parts:
                 yield Read(array.name, _part(source, at, segment.nbytes), "raw", (segment,))
         else:
@@ -151,12 +159,23 @@ def _part(source: Source, at: int, nbytes: int) -> Source:
 
 
 def _check_size(name: str, source: Source, nbytes: int) -> None:
-    have = len(source) if isinstance(source, bytes) else source.nbytes
+    have = nbytes_of(source)
     if have != nbytes:
         where = "inline value" if isinstance(source, bytes) else source.file
         raise CheckpointError(
             f"array {name!r}: {where}: a chunk of {nbytes} bytes is stored in {have} bytes; "
             "the file is truncated or the metadata is damaged"
+        )
+
+
+def _check_expansion(name: str, source: Source, nbytes: int) -> None:
+    """Raises CheckpointError if no zstd frame of that size can be as much as the chunk."""
+    have = nbytes_of(source)
+    if nbytes > decoded_at_most(have):
+        where = "inline value" if isinstance(source, bytes) else source.file
+        raise CheckpointError(
+            f"array {name!r}: {where}: a chunk of {nbytes} bytes is stored in {have} bytes, which "
+            "cannot be: the file is truncated or the metadata is damaged"
         )
 
 

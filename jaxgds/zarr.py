@@ -163,6 +163,8 @@ def _layout(
     # bfloat16 and its like are of kind V; np.void are bytes, records and subarrays.
     if dt.byteorder == ">" or dt.kind not in "biufcV" or dt.type is np.void:
         raise NotImplementedError(f"array {name!r}: dtype {dtype!r}")
+    if dt.type in (np.longdouble, np.clongdouble):
+        raise NotImplementedError(f"array {name!r}: dtype {dtype!r} is another on each machine")
     shape, stored, chunk = tuple(shape), tuple(stored), tuple(chunk)
     sizes = [*shape, *stored, *chunk]
     if not all(type(n) is int and n >= 0 for n in sizes) or not (
@@ -171,4 +173,6 @@ def _layout(
         raise CheckpointError(f"array {name!r}: {shape=} does not fit {stored=}, {chunk=}")
     if any(c == 0 or s % c for s, c in zip(stored, chunk, strict=True)):
         raise CheckpointError(f"array {name!r}: chunks {chunk} do not divide shards {stored}")
+    if why := unfit(shape, dt.itemsize) or unfit(stored, dt.itemsize):
+        raise CheckpointError(f"array {name!r}: {why}")
     return Layout(shape, dt, stored, chunk, codec, sharded, prefix, separator)
