@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,7 +27,8 @@ from tqdm import tqdm
 import jaxgds
 import jaxgds.orbax
 import pallas_kernels as pk
-from examples import download, llama, perplexity, restore, smollm2
+from examples import download, fp8, llama, perplexity, restore, smollm2
+from jaxgds import check, prepare, rules
 
 
 K4V4 = pk.KVFormat(key_bits=4, value_bits=4)
@@ -37,7 +39,7 @@ QUALITY: dict[str, llama.Format] = {
     "k4v3": pk.KVFormat(key_bits=4, value_bits=3),
     "k3v3": pk.KVFormat(key_bits=3, value_bits=3),
 }
-CHECKPOINTS = {"zstd": "checkpoint", "raw": "checkpoint-raw"}
+CHECKPOINTS = {"zstd": "checkpoint", "raw": "checkpoint-raw", "fp8": "checkpoint-fp8"}
 LOADERS = ("orbax", "jaxgds")
 PASSAGE = Path(__file__).with_name("lighthouse.txt")
 QUESTIONS = ("When was the lighthouse built, and by whom?", "Summarise the text.")
@@ -59,7 +61,7 @@ def main() -> None:
     folder = args.folder.resolve()
     home = folder / "smollm2"
 
-    step(1, "Save SmolLM2-135M-Instruct as an Orbax checkpoint, sharded over all devices")
+    step(1, "Save SmolLM2-135M-Instruct with Orbax, and prepare it for all devices, also in FP8")
     prose = download.fetch(download.PROSE, folder)
     reader = smollm2.open_gguf(download.fetch(download.MODEL, folder))
     tokenizer = smollm2.read_tokenizer(reader)
@@ -70,16 +72,20 @@ def main() -> None:
     for _ in range(args.repeats):
         for (checkpoint, loader), results in runs.items():
             results.append(restore_once(home, checkpoint, loader))
-    identical = all(r["sha256"] == saved for results in runs.values() for r in results)
+    wanted = {"zstd": saved, "raw": saved, "fp8": runs["fp8", "orbax"][0]["sha256"]}
+    identical = all(r["sha256"] == wanted[c] for (c, _), results in runs.items() for r in results)
     if not identical:
         raise SystemExit("The restored weights are not those that were saved.")
     restored = {key: median_run(results) for key, results in runs.items()}
     show_restores(restored, args.repeats)
-    print(f"All {len(saved)} arrays are bit-identical to what was saved, in every restore.")
+    print(
+        f"All {len(saved)} arrays are bit-identical to what was saved, in every restore; in FP8, "
+        "to what Orbax restores."
+    )
 
     step(3, "Answer two questions about a text, with a bf16 and with a 4-bit KV cache")
     with jaxgds.orbax.installed():
-        model = load(home)
+        model = load(home, "zstd")
     print(f"The text is {PASSAGE.name}.")
     bf16, k4v4 = (answer(model, tokenizer, fmt, args.new_tokens) for fmt in ("bf16", K4V4))
     ratio = bf16.bytes_per_token / k4v4.bytes_per_token
@@ -97,25 +103,36 @@ def main() -> None:
     tokens = np.array(tokens[: args.windows * args.window], np.int32).reshape(args.windows, -1)
     quality = perplexity.compare(model, tokens, QUALITY, args.chunk)
     show_quality(quality, tokens.shape, args.chunk)
+    del model
+    with jaxgds.orbax.installed():
+        model = load(home, "fp8")
+    weights = perplexity.compare(model, tokens, {"bf16": "bf16"}, args.chunk)["bf16"].perplexity
+    delta = weights / quality["bf16"].perplexity - 1
+    print(f"With the weights from FP8 and a bf16 cache: {weights:.3f} ({delta:+.2%}).")
 
     result = {
         "restore_seconds": {by: restored["zstd", by]["seconds"] for by in LOADERS},
         "peak_host_bytes": {by: restored["zstd", by]["peak_host_bytes"] for by in LOADERS},
         "restore_seconds_raw": {by: restored["raw", by]["seconds"] for by in LOADERS},
         "peak_host_bytes_raw": {by: restored["raw", by]["peak_host_bytes"] for by in LOADERS},
+        "restore_seconds_fp8": {by: restored["fp8", by]["seconds"] for by in LOADERS},
+        "peak_host_bytes_fp8": {by: restored["fp8", by]["peak_host_bytes"] for by in LOADERS},
         "restore_seconds_of_all_runs": {
             f"{c}-{by}": result["all_seconds"] for (c, by), result in restored.items()
         },
         "weight_bytes": restored["zstd", "jaxgds"]["weight_bytes"],
         "bit_identical": identical,
         "report": restored["zstd", "jaxgds"]["report"],
+        "weight_bytes_fp8": restored["fp8", "jaxgds"]["weight_bytes"],
         "report_raw": restored["raw", "jaxgds"]["report"],
+        "report_fp8": restored["fp8", "jaxgds"]["report"],
         "text": {"bf16": bf16.text, "k4v4": k4v4.text},
         "tokens_per_second": {"bf16": bf16.tokens_per_second, "k4v4": k4v4.tokens_per_second},
         "compile_seconds": {"bf16": bf16.compile_seconds, "k4v4": k4v4.compile_seconds},
         "kv_bytes_per_token": {"bf16": bf16.bytes_per_token, "k4v4": k4v4.bytes_per_token},
         "kv_ratio": ratio,
         "perplexity": {name: q.perplexity for name, q in quality.items()},
+        "perplexity_fp8_weights": weights,
         "kl": {name: q.kl for name, q in quality.items()},
         "perplexity_text": {
             "source": f"{download.PROSE.member} in {download.PROSE.package} 4.4.0",
@@ -150,15 +167,30 @@ def save(reader, home: Path) -> dict[str, str]:
     state = nnx.from_flat_state(state)
     home.mkdir(parents=True, exist_ok=True)
     (home / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    with waiting("save"):
-        with ocp.StandardCheckpointer() as checkpointer:  # compressed with zstd, the default
-            checkpointer.save(home / CHECKPOINTS["zstd"], state, force=True)
-        with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
-            checkpointer.save(home / CHECKPOINTS["raw"], state, force=True)
-    for kind, name in CHECKPOINTS.items():
-        size = sum(f.stat().st_size for f in (home / name).rglob("*") if f.is_file())
-        print(f"{name}: {size / 1e6:.0f} MB ({kind}), {jax.device_count()} shards per matrix")
+    with waiting("save"), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(home / CHECKPOINTS["zstd"], state, force=True)
+    make(home)
+    kinds = {"zstd": "by Orbax, zstd", "raw": "prepared", "fp8": "prepared, FP8"}
+    for name, kind in kinds.items():
+        files = [f for f in (home / CHECKPOINTS[name]).rglob("*") if f.is_file()]
+        size = sum(f.stat().st_size for f in files)
+        print(f"{CHECKPOINTS[name]}: {size / 1e6:.0f} MB ({kind}), {len(files)} files")
     return restore.hashes(state)
+
+
+def make(home: Path) -> None:
+    """What `jaxgds prepare` does: a shard a chunk for the mesh of all devices, as is and in FP8."""
+    config = llama.Config(**json.loads((home / "config.json").read_text()))
+    _, target = llama.abstract_model(config, Mesh(jax.devices(), ("model",)))
+    mesh = rules.Mesh({"model": jax.device_count()})
+    methods: dict[str, prepare.Method | None] = {"raw": None, "fp8": "fp8"}
+    for name, method in methods.items():
+        path = home / CHECKPOINTS[name]
+        shutil.rmtree(path, ignore_errors=True)
+        source = home / CHECKPOINTS["zstd"]
+        prepare.prepare(source, path, mesh=mesh, rules=fp8.rules(target), method=method)
+        if problems := check.check(path)["problems"]:
+            raise SystemExit("\n".join(problems))
 
 
 # 2. Restore
@@ -201,11 +233,11 @@ def show_restores(restored: dict[tuple[str, str], dict], repeats: int) -> None:
         speed = r["weight_bytes"] / r["seconds"] / 1e9
         peak = f"+{r['peak_host_bytes'] / 1e6:.0f} MB"
         print(f"{checkpoint:<12}{loader:<13}{r['seconds']:>8.2f}{speed:>7.2f}{peak:>19}")
-    weights = restored["zstd", "jaxgds"]["weight_bytes"]
+    weights, quantised = (restored[c, "jaxgds"]["weight_bytes"] for c in ("zstd", "fp8"))
     print(
-        f"Median of {repeats} processes each. GB/s counts the {weights / 1e6:.0f} MB of weights. "
-        "Peak host memory is what\nthe process grew by during the restore; on CPU devices the "
-        "restored weights are part of it."
+        f"Median of {repeats} processes each. GB/s counts the {weights / 1e6:.0f} MB of weights "
+        f"({quantised / 1e6:.0f} MB in FP8).\nPeak host memory is what the process grew by during "
+        "the restore; on CPU devices the restored weights\nare part of it."
     )
     for checkpoint in CHECKPOINTS:
         print(f"jaxgds on {checkpoint}: {summary(restored[checkpoint, 'jaxgds']['report'])}")
@@ -219,13 +251,17 @@ def summary(report: dict) -> str:
     )
 
 
-def load(home: Path) -> llama.Llama:
+def load(home: Path, checkpoint: str) -> llama.Llama:
     """The model on the first device: it is small, and its 3 key-value heads do not split."""
     config = llama.Config(**json.loads((home / "config.json").read_text()))
     graph, target = llama.abstract_model(config, Mesh(jax.devices()[:1], ("model",)))
-    state = ocp.StandardCheckpointer().restore(home / CHECKPOINTS["zstd"], target)
+    if checkpoint == "fp8":
+        target = fp8.quantised(target)
+    state = ocp.StandardCheckpointer().restore(home / CHECKPOINTS[checkpoint], target)
     if report := jaxgds.last_report():
         print(f"Restored onto one device: {summary(report.to_dict())}")
+    if checkpoint == "fp8":
+        state = fp8.dequantised(state)
     return nnx.merge(graph, jax.device_put(state, jax.devices()[0]))
 
 

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from examples import fp8
 from examples.llama import Config, abstract_model
 
 
@@ -53,6 +54,8 @@ def main() -> None:
     config = Config(**json.loads((args.path / "config.json").read_text()))
     mesh = Mesh(jax.devices(), ("model",))
     _, target = abstract_model(config, mesh)
+    if is_fp8(args.path / args.checkpoint):
+        target = fp8.quantised(target)
 
     jax.device_put(np.zeros(8), mesh.devices[0]).block_until_ready()  # a GPU's context is there
     reset_peak()
@@ -80,6 +83,12 @@ def main() -> None:
           f"peak host memory +{peak / 1e6:.0f} MB")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(result)))
+
+
+def is_fp8(checkpoint: Path) -> bool:
+    """Whether it is a prepared checkpoint with quantised weights."""
+    description = checkpoint / "jaxgds.json"
+    return description.exists() and json.loads(description.read_text())["quantize"] == "fp8"
 
 
 def use_two_cpu_devices() -> None:

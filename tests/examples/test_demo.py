@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
+import jaxgds.orbax
 import pallas_kernels as pk
 from examples import demo, download, llama, perplexity, restore
 
@@ -82,6 +83,31 @@ def test_restore_in_a_fresh_process_is_bit_identical(tmp_path, config, model, lo
     assert result["weight_bytes"] == sum(x.nbytes for x in leaves)
     if loader == "jaxgds":
         assert result["report"]["arrays"] == len(leaves) and not result["report"]["fallbacks"]
+
+
+def test_prepared_checkpoints_restore_alike_in_fresh_processes(
+    tmp_path, config, model, monkeypatch
+):
+    state = nnx.state(model)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", state)
+    demo.make(tmp_path)
+    monkeypatch.delenv("XLA_FLAGS")
+    raw = demo.restore_once(tmp_path, "raw", "jaxgds")
+    assert raw["sha256"] == restore.hashes(state)
+    quantised = {by: demo.restore_once(tmp_path, "fp8", by) for by in demo.LOADERS}
+    assert quantised["orbax"]["sha256"] == quantised["jaxgds"]["sha256"]
+    assert quantised["jaxgds"]["weight_bytes"] < raw["weight_bytes"]
+    assert not quantised["jaxgds"]["report"]["fallbacks"]
+    with jaxgds.orbax.installed():
+        again = nnx.state(demo.load(tmp_path, "fp8"))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for (path, x), y in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(again), strict=True):
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
+        kernel = path[-2] == jax.tree_util.DictKey("kernel")
+        bound = np.abs(x).max(0) / 448 + np.abs(x) / 14 if kernel else 0  # e4m3, then bf16
+        assert (np.abs(x - y) <= bound).all(), path
 
 
 def test_hashes_are_of_the_bytes():
