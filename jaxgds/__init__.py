@@ -1,5 +1,6 @@
 """Restore sharded checkpoints into device buffers that XLA owns."""
 
+from jaxgds.distributed import fail_together as fail_together
 from jaxgds.errors import CheckpointError as CheckpointError
 from jaxgds.load import load as load
 from jaxgds.report import FallbackError as FallbackError

@@ -124,7 +124,7 @@ def _load_safetensors(
         treedef = None
     else:
         flat, treedef = jax.tree_util.tree_flatten_with_path(target)
-        leaves = {_leaf_name(path): leaf for path, leaf in flat}
+        leaves = {leaf_name(path): leaf for path, leaf in flat}
     absent = [name for name in leaves if name not in stored]
     if absent:
         raise ValueError(
@@ -170,7 +170,7 @@ def _load_safetensors(
     return result if treedef is None else jax.tree_util.tree_unflatten(treedef, ordered)
 
 
-def _leaf_name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
     """A leaf's key path joined by dots; an nnx.Variable's `.value` is not part of the name."""
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]

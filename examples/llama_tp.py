@@ -1,0 +1,177 @@
+"""A tensor-parallel Llama in Flax NNX, its parameters named as in Hugging Face's checkpoints.
+
+A weight is bf16, or FP8 with a float32 scale per output, as `jaxgds prepare --quantize fp8` makes
+it. The shardings are those of configs/rules, and XLA splits the matrix products by them.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels as pk
+from examples.sharded_cache import attend
+from jaxgds.rules import shipped
+from jaxgds.shardings import with_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    vocab: int
+    dim: int
+    mlp_dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: tuple[float, float, float, int] | None  # factor, low, high, original length
+    norm_eps: float
+    tied: bool
+    fp8: bool
+
+    @staticmethod
+    def of(c: dict[str, Any], fp8: bool = False) -> "Config":
+        """From a config.json of the Llama family. Raises ValueError for any other."""
+        scaling, kind = None, (c.get("rope_scaling") or {}).get("rope_type")
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            length = c["rope_scaling"]["original_max_position_embeddings"]
+            scaling = (*(c["rope_scaling"][name] for name in names), length)
+        if c["model_type"] != "llama" or kind not in (None, "default", "llama3"):
+            raise ValueError(f"{c['model_type']=} with {kind=} is no Llama that this file knows")
+        heads = c["num_attention_heads"]
+        head_dim = c.get("head_dim") or c["hidden_size"] // heads
+        return Config(
+            c["vocab_size"], c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"],
+            heads, c.get("num_key_value_heads") or heads, head_dim, c.get("rope_theta", 1e4),
+            scaling, c["rms_norm_eps"], c.get("tie_word_embeddings", False), fp8,
+        )  # fmt: skip
+
+
+class Linear(nnx.Module):
+    def __init__(self, outputs: int, inputs: int, fp8: bool = False):
+        self.weight = nnx.Param(
+            jnp.zeros((outputs, inputs), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
+        )
+        if fp8:
+            self.weight_scale = nnx.Param(jnp.ones((outputs, 1), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:
+        """In float32, as is the sum over devices where the inputs are split."""
+        w = self.weight[...].astype(x.dtype)
+        y = jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
+        return y * self.weight_scale[..., 0] if hasattr(self, "weight_scale") else y
+
+
+class Norm(nnx.Module):
+    def __init__(self, dim: int, eps: float):
+        self.weight, self.eps = nnx.Param(jnp.ones(dim, jnp.float32)), eps
+
+    def __call__(self, x: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (x * self.weight[...]).astype(jnp.bfloat16)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: Config, mesh: Mesh):
+        self.config, self.mesh = c, mesh
+        self.q_proj = Linear(c.heads * c.head_dim, c.dim, c.fp8)
+        self.k_proj = Linear(c.kv_heads * c.head_dim, c.dim, c.fp8)
+        self.v_proj = Linear(c.kv_heads * c.head_dim, c.dim, c.fp8)
+        self.o_proj = Linear(c.dim, c.heads * c.head_dim, c.fp8)
+
+    def __call__(self, x: Array, cache: pk.KVCache, counts: Array) -> tuple[Array, pk.KVCache]:
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        q, k, v = (
+            y(x).reshape(*x.shape[:2], -1, self.config.head_dim).astype(jnp.bfloat16)
+            for y in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rope(q, positions, self.config), rope(k, positions, self.config)
+        out, cache = attend(q, k, v, cache, counts, self.mesh)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+def rope(x: Float[Array, "batch new heads d"], positions: Int[Array, "batch new"], c: Config):
+    """Rotate the pairs (i, i + d/2) of each head; Llama 3.1 slows the slow ones down further."""
+    half = x.shape[-1] // 2
+    turn = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if c.rope_scaling is not None:
+        factor, low, high, length = c.rope_scaling
+        keep = jnp.clip((length * turn / (2 * math.pi) - low) / (high - low), 0, 1)
+        turn *= keep + (1 - keep) / factor
+    angles = positions[..., None, None].astype(jnp.float32) * turn
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    def __init__(self, c: Config):
+        self.gate_proj = Linear(c.mlp_dim, c.dim, c.fp8)
+        self.up_proj = Linear(c.mlp_dim, c.dim, c.fp8)
+        self.down_proj = Linear(c.dim, c.mlp_dim, c.fp8)
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(y.astype(x.dtype))
+
+
+class Layer(nnx.Module):
+    def __init__(self, c: Config, mesh: Mesh):
+        self.input_layernorm = Norm(c.dim, c.norm_eps)
+        self.self_attn = Attention(c, mesh)
+        self.post_attention_layernorm = Norm(c.dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(self, x: Array, cache: pk.KVCache, counts: Array) -> tuple[Array, pk.KVCache]:
+        y, cache = self.self_attn(self.input_layernorm(x), cache, counts)
+        x = (x + y).astype(x.dtype)
+        return (x + self.mlp(self.post_attention_layernorm(x))).astype(x.dtype), cache
+
+
+@jax.jit  # within a jitted step: traced once, not once a layer
+def run_layer(layer: Layer, x: Array, cache: pk.KVCache, counts: Array):
+    return layer(x, cache, counts)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, c: Config, mesh: Mesh):
+        self.embed_tokens = Linear(c.vocab, c.dim)
+        self.layers = nnx.List([Layer(c, mesh) for _ in range(c.layers)])
+        self.norm = Norm(c.dim, c.norm_eps)
+
+
+class Llama(nnx.Module):
+    def __init__(self, c: Config, mesh: Mesh):
+        self.config, self.mesh = c, mesh
+        self.model = Decoder(c, mesh)
+        if not c.tied:
+            self.lm_head = Linear(c.vocab, c.dim)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch new"],
+        caches: list[pk.KVCache],
+        counts: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch vocab"], list[pk.KVCache]]:
+        """Logits after each sequence's last valid token, of `counts` new ones, and the caches."""
+        x, longer = self.model.embed_tokens.weight[...][tokens], []
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            x, cache = run_layer(layer, x, cache, counts)
+            longer.append(cache)
+        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        head = self.model.embed_tokens if self.config.tied else self.lm_head
+        return head(self.model.norm(x)), longer
+
+
+def abstract_model(c: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure, and a restore target that says where its weights go."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(c, mesh)))
+    return graph, with_shardings(state, mesh, shipped({"model_type": "llama"}))

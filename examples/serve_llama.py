@@ -1,0 +1,150 @@
+"""Serve a Llama from a checkpoint: tensor parallel, weights in bf16 or FP8, KV cache in 4 bits.
+
+jaxgds prepare Llama-3.1-8B-Instruct prepared --mesh tp=8 --quantize fp8
+python -m examples.serve_llama prepared --prompt "The lighthouse on" --prompt "In 1847"
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import jaxgds
+import pallas_kernels as pk
+from examples.llama_tp import Config, Llama, abstract_model
+from examples.sharded_cache import make_caches
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="checkpoint with its config.json")
+    parser.add_argument("--prompt", action="append", help="text; needs its tokenizer.json")
+    parser.add_argument("--tokens", action="append", help="a prompt as numbers: 1,2,3")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=256, help="prompt tokens read at a time")
+    parser.add_argument("--key-bits", type=int, default=4, help="of a number in the KV cache")
+    parser.add_argument("--value-bits", type=int, default=4)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--devices", type=int, help="how many; default all")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    if args.distributed:
+        jax.distributed.initialize(heartbeat_timeout_seconds=30)  # Slurm, Kubernetes, ...
+    mesh = Mesh(np.array(jax.devices()[: args.devices]), ("tp",))
+    with jaxgds.fail_together() if args.distributed else nullcontext():
+        model = load(args.path, mesh)
+        prompts = [list(map(int, text.split(","))) for text in args.tokens or ()]
+        tokenizer = None
+        if args.prompt:
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(args.path / "tokenizer.json"))
+            prompts += [tokenizer.encode(text).ids for text in args.prompt]
+        fmt = pk.KVFormat(args.key_bits, args.value_bits)
+        start = time.perf_counter()
+        answers = generate(model, prompts, fmt, args.new_tokens, args.chunk,
+                           args.temperature, args.seed, ends(args.path))  # fmt: skip
+        seconds = time.perf_counter() - start
+    if jax.process_index() == 0:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            text = tokenizer.decode(answer) if tokenizer else answer
+            print(f"{len(prompt)} tokens -> {text}")
+        print(f"{jaxgds.last_report()}; {sum(map(len, answers)) / seconds:.1f} tokens/s")
+        if args.json:
+            args.json.write_text(json.dumps({"answers": answers, "seconds": seconds}))
+
+
+def load(path: Path, mesh: Mesh) -> Llama:
+    """The model on the mesh, from `jaxgds prepare`, Orbax, or Hugging Face's safetensors."""
+    config = json.loads((path / "config.json").read_text())
+    prepared = path / "jaxgds.json"
+    fp8 = prepared.exists() and json.loads(prepared.read_text())["quantize"] == "fp8"
+    graph, state = abstract_model(Config.of(config, fp8), mesh)
+    nnx.replace_by_pure_dict(state, jaxgds.load(path, nnx.to_pure_dict(state)))
+    return nnx.merge(graph, state)
+
+
+def ends(path: Path) -> frozenset[int]:
+    """The tokens that end an answer."""
+    found = json.loads((path / "config.json").read_text()).get("eos_token_id")
+    return frozenset(found if isinstance(found, list) else () if found is None else (found,))
+
+
+@partial(jax.jit, donate_argnames="caches")
+def step(
+    model: Llama,
+    caches: list[pk.KVCache],
+    tokens: Int[Array, "batch new"],
+    counts: Int[Array, " batch"],
+    temperature: Float[Array, ""],
+    seeds: Int[Array, " 2"],
+) -> tuple[Int[Array, " batch"], list[pk.KVCache]]:
+    """Reads the first `counts` of each sequence's new tokens, and draws the token after them.
+
+    Several tokens are a chunk of the prompts, one is a step of decoding. Temperature 0 takes the
+    most probable token; else the two seeds (of all draws, of this one) decide.
+    """
+    logits, caches = model(tokens, caches, counts)
+    key = jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    best = jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+    everywhere = NamedSharding(model.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(best, everywhere), caches
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    fmt: pk.KVFormat,
+    new_tokens: int,
+    chunk: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ends: frozenset[int] = frozenset(),
+) -> list[list[int]]:
+    """Continues prompts of any lengths as one batch; an answer stops before a token in `ends`."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.size or not lengths.all():
+        raise ValueError("every prompt needs at least one token")
+    c, longest = model.config, int(lengths.max())
+    chunk = min(chunk, longest)
+    padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    caches = make_caches(
+        c.layers, model.mesh, fmt, len(prompts), longest + new_tokens, c.kv_heads, c.head_dim
+    )
+    warmth, token = np.float32(temperature), np.zeros(len(prompts), np.int32)
+    for start in range(0, longest, chunk):
+        counts = np.clip(lengths - start, 0, chunk)
+        part, seeds = padded[:, start : start + chunk], np.array([seed, 0], np.int32)
+        drawn, caches = step(model, caches, part, counts, warmth, seeds)
+        token = np.where(counts > 0, drawn, token)
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = np.ones(len(prompts), bool)
+    for i in range(1, new_tokens + 1):
+        going &= ~np.isin(token, list(ends))
+        for answer, last, goes in zip(answers, token.tolist(), going, strict=True):
+            answer.extend([last] if goes else [])
+        if i == new_tokens or not going.any():
+            break
+        counts, seeds = going.astype(np.int32), np.array([seed, i], np.int32)
+        drawn, caches = step(model, caches, token[:, None], counts, warmth, seeds)
+        token = np.asarray(drawn)
+    return answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The serving script on one and on eight devices, against a forward pass in numpy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import small_llama
+from jax.sharding import Mesh
+
+import pallas_kernels as pk
+from examples import serve_llama
+from examples.llama_tp import Config
+from examples.sharded_cache import make_caches
+from jaxgds.prepare import prepare
+from jaxgds.rules import read_mesh
+
+
+PROMPTS = [np.random.default_rng(i).integers(0, 320, n).tolist() for i, n in enumerate((21, 4, 9))]
+EXACT = pk.KVFormat()  # the newest 128 tokens stay bf16: nothing is packed here
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def weights(folder) -> dict[str, dict[str, np.ndarray]]:
+    """Of each checkpoint in `folder`: safetensors, prepared, and prepared in FP8."""
+    made = small_llama.write(folder / "source")
+    prepare(folder / "source", folder / "bf16", mesh=read_mesh("tp=8"))
+    prepare(folder / "source", folder / "fp8", mesh=read_mesh("tp=8"), method="fp8")
+    rounded = {}
+    for name, x in made.items():
+        x = rounded[name] = np.asarray(x, np.float32)
+        if "_proj" in name:
+            scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(448)
+            rounded[name] = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    return {"source": made, "bf16": made, "fp8": rounded}
+
+
+def mesh_of(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices("cpu")[:devices]), ("tp",))
+
+
+@jax.jit
+def call(model, tokens, caches, counts):
+    return model(tokens, caches, counts)
+
+
+def read(model, prompts, fmt, chunks):
+    """Logits after the last token of prompts read in `chunks` of so many tokens at a time."""
+    c, lengths = model.config, np.array([len(p) for p in prompts])
+    caches = make_caches(c.layers, model.mesh, fmt, len(prompts), 256, c.kv_heads, c.head_dim)
+    found, start = {}, 0
+    for chunk in chunks:
+        counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        rows = [(p[start : start + chunk] + [0] * chunk)[:chunk] for p in prompts]
+        new, caches = call(model, np.array(rows, np.int32), caches, counts)
+        found |= {i: np.asarray(new[i]) for i in range(len(prompts)) if counts[i]}
+        start += chunk
+    assert all((cache.lengths == lengths).all() for cache in caches)
+    return np.stack([found[i] for i in range(len(prompts))])
+
+
+def error(got, expected) -> float:
+    return float(np.sqrt(((got - expected) ** 2).mean()) / expected.std())
+
+
+@pytest.mark.parametrize(("name", "devices"), [("source", 8), ("bf16", 1), ("bf16", 8), ("fp8", 8)])
+def test_logits_are_those_of_numpy(folder, weights, name, devices):
+    expected = np.stack([small_llama.logits(weights[name], p)[-1] for p in PROMPTS])
+    model = serve_llama.load(folder / name, mesh_of(devices))
+    got = read(model, PROMPTS, EXACT, [7, 7, 7] if devices == 8 else [21])
+    assert error(got, expected) < 0.03
+    unscaled = np.stack(
+        [small_llama.logits(weights[name], p, rope_scaling=None)[-1] for p in PROMPTS]
+    )
+    assert error(unscaled, expected) > 0.1  # so the check would see wrong angles
+
+
+def test_packed_cache_is_close(folder, weights):
+    prompt = np.random.default_rng(9).integers(0, 320, 120).tolist()
+    expected = small_llama.logits(weights["bf16"], prompt)[-1:]
+    model = serve_llama.load(folder / "bf16", mesh_of(8))
+    fine, coarse = (
+        error(read(model, [prompt], pk.KVFormat(bits, bits, window=0, page_size=16), [30] * 4),
+              expected) for bits in (8, 2)
+    )  # fmt: skip
+    assert fine < 0.1 < coarse
+
+
+def test_weights_and_cache_are_split(folder, weights):
+    model = serve_llama.load(folder / "fp8", mesh_of(8))
+    layer = model.model.layers[1]
+    for proj, shape in {
+        layer.self_attn.q_proj: (128, 128),
+        layer.self_attn.o_proj: (128, 128),
+        layer.mlp.down_proj: (128, 24),
+    }.items():
+        assert proj.weight[...].sharding.shard_shape(proj.weight.shape) == shape
+        assert proj.weight[...].dtype == ml_dtypes.float8_e4m3fn
+    (cache,) = make_caches(1, model.mesh, EXACT, 2, 300, 8, 64)
+    for x in jax.tree.leaves(cache):
+        assert x.ndim < 3 or x.sharding.shard_shape(x.shape)[1] == 1
+    with pytest.raises(ValueError, match="3 KV heads"):
+        make_caches(1, model.mesh, EXACT, 1, 300, 3, 64)
+
+
+def serve(path: Path, out: Path, *options: str) -> list[list[int]]:
+    tokens = [item for p in PROMPTS for item in ("--tokens", ",".join(map(str, p)))]
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.serve_llama", str(path), *tokens, "--chunk", "8"]
+        + ["--json", str(out), *options],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout and "0 left to Orbax" in done.stdout
+    return json.loads(out.read_text())["answers"]
+
+
+def test_script_answers_alike_on_one_and_on_eight_devices(folder, weights, tmp_path):
+    out = tmp_path / "out.json"
+    answers = serve(folder / "bf16", out, "--new-tokens", "6")
+    assert answers == serve(folder / "source", out, "--new-tokens", "6", "--devices", "1")
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert len(answer) == 6
+        scores = small_llama.logits(weights["bf16"], prompt + answer)
+        for at, token in enumerate(answer, len(prompt) - 1):
+            assert scores[at, token] > scores[at].max() - 0.05 * scores.std()
+
+
+def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
+    model = serve_llama.load(folder / "bf16", mesh_of(1))
+    draw = lambda *a, **k: serve_llama.generate(model, PROMPTS, EXACT, 5, 8, *a, **k)  # noqa: E731
+    greedy, drawn = draw(0.0), draw(1.0, seed=3)
+    assert drawn == draw(1.0, seed=3) != draw(1.0, seed=4)
+    assert draw(1e-4, seed=3) == greedy != drawn
+    end = greedy[1][2]
+    cut = [a[: a.index(end)] if end in a else a for a in greedy]
+    assert draw(0.0, ends=frozenset([end])) == cut and len(cut[1]) < 5
+    with pytest.raises(ValueError, match="at least one token"):
+        serve_llama.generate(model, [[1], []], EXACT, 5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "qwen2"}, {"rope_scaling": {"rope_type": "yarn"}}]
+)
+def test_other_models_are_refused(change):
+    with pytest.raises(ValueError, match="Llama"):
+        Config.of({**small_llama.CONFIG, **change})
