@@ -214,8 +214,9 @@ class _Reader:
 
     def read(self, box: Box) -> np.ndarray:
         layout = self._array.layout
+        chunks = list(chunks_in(box, layout.chunk))
         out = np.empty([stop - start for start, stop in box], layout.dtype)
-        for index in chunks_in(box, layout.chunk):
+        for index in chunks:
             corner = [i * c for i, c in zip(index, layout.chunk, strict=True)]
             common = [
                 (max(start, at), min(stop, at + c))
@@ -225,7 +226,10 @@ class _Reader:
             target = tuple(
                 slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True)
             )
-            out[target] = self._part(index, local)
+            part = self._part(index, local)
+            if len(chunks) == 1:
+                return part
+            out[target] = part
         return out
 
     def _part(self, index: tuple[int, ...], box: list[tuple[int, int]]) -> np.ndarray:
@@ -243,7 +247,7 @@ class _Reader:
         rest = tuple(slice(a, b) for a, b in box[first + 1 :])
         return whole[(slice(None),) * min(first + 1, len(box)) + rest]
 
-    def _bytes(self, index: tuple[int, ...], start: int, nbytes: int) -> bytes | bytearray:
+    def _bytes(self, index: tuple[int, ...], start: int, nbytes: int) -> bytes | memoryview:
         layout, source = self._array.layout, self._array.chunk(index)
         where = f"array {self._array.name!r}: its chunk {index}"
         if layout.codec == "raw":
@@ -268,12 +272,11 @@ def chunks_in(box: Box, chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     )
 
 
-def read_range(source: Source, start: int, nbytes: int, where: str) -> bytes | bytearray:
+def read_range(source: Source, start: int, nbytes: int, where: str) -> bytes | memoryview:
     """Part of a value. Raises CheckpointError if its file does not hold it."""
     if isinstance(source, bytes):
         return source[start : start + nbytes]
-    data = bytearray(nbytes)
-    view, done = memoryview(data), 0
+    view, done = memoryview(np.empty(nbytes, np.uint8)), 0
     try:
         fd = os.open(source.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -286,7 +289,7 @@ def read_range(source: Source, start: int, nbytes: int, where: str) -> bytes | b
             os.close(fd)
     except OSError as e:
         raise CheckpointError(f"{where}: {source.file} cannot be read: {e}") from e
-    return data
+    return view
 
 
 class _Stream:
