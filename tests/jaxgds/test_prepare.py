@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxgds
 import jaxgds.orbax
 from jaxgds import prepare as prepare_module
+from jaxgds.check import check
 from jaxgds.index import Extent, open_index
 from jaxgds.inspect import inspect
 from jaxgds.prepare import prepare
@@ -252,6 +253,7 @@ def test_orbax_sources(save, block, kernels, tmp_path, monkeypatch):
     SAVES[save](tmp_path / "src", tree)
     done = prepare(tmp_path / "src", tmp_path / "out", mesh=Mesh({"tp": 8}), rules=kernels)
     assert done["quantised"] == 0
+    assert check(tmp_path / "out")["problems"] == []
     restored = restore_v0(tmp_path / "out")
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     for name, x in flat(tree).items():
@@ -270,6 +272,7 @@ def test_fp8_of_an_nnx_state(block, kernels, tmp_path, monkeypatch):
     state = nnx.state(Model())
     oracle.save(tmp_path / "src", state)
     prepare(tmp_path / "src", tmp_path / "out", mesh=Mesh({"tp": 8}), rules=kernels, method="fp8")
+    assert check(tmp_path / "out")["problems"] == []
     restored = flat(restore_v0(tmp_path / "out"))
     for i in range(2):
         kernel = np.asarray(state["blocks"][i]["kernel"][...])

@@ -11,6 +11,7 @@ import prepare_models as models
 import pytest
 
 from jaxgds import sources
+from jaxgds.check import check
 from jaxgds.prepare import prepare
 from jaxgds.rules import Mesh
 
@@ -93,6 +94,7 @@ def test_weights_are_those_before_llama_cpp_converted_them(arch, kind, tmp_path)
             expected[name] = rounded.astype(ml_dtypes.bfloat16)
     write(tmp_path / "m.gguf", arch, converted, kind)
     prepare(tmp_path / "m.gguf", tmp_path / "out", mesh=Mesh({"tp": 2}))
+    assert check(tmp_path / "out")["problems"] == []
     found = restored(tmp_path / "out")
     assert found.keys() == expected.keys()
     for name, x in expected.items():
