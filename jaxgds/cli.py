@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--json", metavar="FILE", help="write the same as JSON ('-': to stdout)")
     plan.set_defaults(run=_plan)
-    bench = commands.add_parser("bench", help="measure: restore, decode, encode, quality")
+    bench = commands.add_parser("bench", help="measure: restore, decode, encode, prefill, quality")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     restore = benches.add_parser(
         "restore",
@@ -137,6 +137,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     encode.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
     encode.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
     encode.set_defaults(run=_bench_encode)
+    prefill = benches.add_parser(
+        "prefill",
+        help="attention of a prompt over a compressed KV cache, against bf16 flash attention",
+        description="Checks the GPU kernel against the xla implementation, then times the "
+        "attention of all chunks of a prompt, each over the packed tokens before it, beside "
+        "cuDNN's bf16 attention of the whole prompt. Without a GPU, xla alone on a small size.",
+    )
+    prefill.add_argument("--seq", help="comma-separated tokens of a prompt")
+    prefill.add_argument("--chunk", type=int, help="tokens read at a time")
+    prefill.add_argument("--batch", help="comma-separated numbers of sequences")
+    prefill.add_argument("--formats", help="comma-separated, such as K4V4 (bits of keys, values)")
+    prefill.add_argument("--head-dim", type=int, choices=(64, 128, 256))
+    prefill.add_argument("--group", type=int, help="query heads a KV head")
+    prefill.add_argument("--kv-heads", type=int)
+    prefill.add_argument("--repeat", type=int, help="calls a median is taken of")
+    prefill.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
+    prefill.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    prefill.set_defaults(run=_bench_prefill)
     quality = benches.add_parser(
         "quality",
         help="perplexity and KL of compressed KV caches against bf16",
@@ -301,6 +319,32 @@ def _bench_encode(args: argparse.Namespace) -> int:
     _show(args, found, encode.table)
     if args.plot:
         encode.plot(found, args.plot)
+    return 1 if any("error" in row for row in found["results"]) else 0
+
+
+def _bench_prefill(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    import jax
+
+    from jaxgds.bench import prefill
+
+    asked = {
+        "seqs": _numbers(args.seq),
+        "batches": _numbers(args.batch),
+        **{name: getattr(args, name) for name in ("chunk", "head_dim", "group", "kv_heads")},
+        "repeat": args.repeat,
+    }
+    sizes = prefill.GPU if jax.devices()[0].platform == "gpu" else prefill.CPU
+    sizes = replace(sizes, **{name: x for name, x in asked.items() if x is not None})
+    found = prefill.run(
+        sizes,
+        tuple(args.formats.split(",")) if args.formats else prefill.FORMATS,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    _show(args, found, prefill.table)
+    if args.plot:
+        prefill.plot(found, args.plot)
     return 1 if any("error" in row for row in found["results"]) else 0
 
 

@@ -51,7 +51,12 @@ def decode_attention(
         architecture = mosaic.architecture(q)
         return mosaic.decode_attention(q, cache, fixed, architecture=architecture, **options)
 
-    return _choose(implementation, plain, kernel, q, cache)
+    def able():
+        from pallas_kernels import mosaic
+
+        return mosaic.unsupported(q, cache) is None
+
+    return _choose(implementation, plain, kernel, able, q, cache)
 
 
 def prefill_attention(
@@ -71,50 +76,58 @@ def prefill_attention(
     The chunk is appended afterwards (`cache.append(k, v, lengths)`). lengths: how many of its
     tokens are valid, from the front, default all; the others give zeros. k and v are rounded to
     bf16, as the cache stores them. sliding_window counts the query's own token. Otherwise as
-    `decode_attention`, but "mosaic_gpu" has no kernel yet: it raises NotImplementedError.
+    `decode_attention`, but that the kernel is for Hopper alone, for any number of queries, and only
+    used where "mosaic_gpu" is asked for.
     """
     name = "q [batch, new, q_heads, head_dim]"
     _check(name, q, 4, cache, implementation, soft_cap, sliding_window)
-    if implementation == "mosaic_gpu":
-        raise NotImplementedError(f'{implementation=} has no prefill kernel; use "xla" or None')
     cache.check_new(k, v)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"{q.shape=} and {k.shape=} differ in the number of new tokens")
-    batch, new, q_heads, _ = q.shape
-    place = jnp.arange(new, dtype=jnp.int32)
-    query = jnp.repeat(place, q_heads // k.shape[2])
-    mask, oldest = place[:, None] <= query[None], None
-    if sliding_window is not None:
-        first = query[None] + 1 - sliding_window
-        mask, oldest = mask & (place[:, None] >= first), cache.lengths[:, None] + first
-    mask = jnp.broadcast_to(mask[None], (batch, new, query.size))
-    valid = None
-    if lengths is not None:
-        count = valid_counts(lengths, k)[:, None]
-        # What stands beyond a sequence's end may be anything, even NaN.
-        valid = (place[None] < count)[..., None, None]
-        k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
-    k, v = (x.astype(jnp.bfloat16).swapaxes(1, 2) for x in (k, v))
-    rows = _rows(q, cache, scale)
-    out = _queries(xla.attend(rows, cache, (k, v, mask), oldest, soft_cap), q)
-    return out if valid is None else jnp.where(valid, out, 0)
+    count = None if lengths is None else valid_counts(lengths, k)
+
+    def plain(q, k, v, cache, count):
+        batch, new, q_heads, _ = q.shape
+        place = jnp.arange(new, dtype=jnp.int32)
+        query = jnp.repeat(place, q_heads // k.shape[2])
+        mask, oldest = place[:, None] <= query[None], None
+        if sliding_window is not None:
+            first = query[None] + 1 - sliding_window
+            mask, oldest = mask & (place[:, None] >= first), cache.lengths[:, None] + first
+        mask = jnp.broadcast_to(mask[None], (batch, new, query.size))
+        valid = None
+        if count is not None:
+            # What stands beyond a sequence's end may be anything, even NaN.
+            valid = (place[None] < count[:, None])[..., None, None]
+            k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
+        k, v = (x.astype(jnp.bfloat16).swapaxes(1, 2) for x in (k, v))
+        rows = _rows(q, cache, scale)
+        out = _queries(xla.attend(rows, cache, (k, v, mask), oldest, soft_cap), q)
+        return out if valid is None else jnp.where(valid, out, 0)
+
+    def kernel(q, k, v, cache, count):
+        from pallas_kernels import mosaic
+
+        if (architecture := mosaic.architecture(q)) != "hopper":
+            raise NotImplementedError(f'{architecture=} has no prefill kernel; use "xla" or None')
+        fixed = None if scale is None else float(scale)
+        options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+        return mosaic.prefill_attention(q, k, v, cache, fixed, count, **options)
+
+    # To be True once the kernel's GPU tests (make test-gpu) have passed.
+    return _choose(implementation, plain, kernel, lambda: False, q, k, v, cache, count)
 
 
-def _choose(implementation: str | None, plain, kernel, q: Array, cache: KVCache) -> Array:
-    """The result of `plain` or of the `kernel`, functions of (q, cache)."""
-    if implementation == "xla" or not implementation and device.compute_capability(q) != "9.0":
-        return plain(q, cache)
-    from pallas_kernels import mosaic  # only where it is used: it takes a second to import
-
-    if implementation:
-        mosaic.architecture(q)  # raises an error where there is none
-        return kernel(q, cache)
-    if mosaic.unsupported(q, cache) is not None:
-        return plain(q, cache)
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((q, cache)))
+def _choose(implementation: str | None, plain, kernel, able, q: Array, *rest) -> Array:
+    """The result of `plain` or of the `kernel`, functions of (q, *rest); able: can it do that?"""
+    if implementation == "mosaic_gpu":
+        return kernel(q, *rest)
+    if implementation == "xla" or device.compute_capability(q) != "9.0" or not able():
+        return plain(q, *rest)
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((q, *rest)))
     if traced:  # where it will run is certain only once it is lowered
-        return jax.lax.platform_dependent(q, cache, cuda=kernel, default=plain)
-    return kernel(q, cache)
+        return jax.lax.platform_dependent(q, *rest, cuda=kernel, default=plain)
+    return kernel(q, *rest)
 
 
 def _check(

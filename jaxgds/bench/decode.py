@@ -96,10 +96,11 @@ def format_of(name: str) -> pk.KVFormat:
 
 
 def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool) -> dict[str, Any]:
-    shape = jax.eval_shape(partial(_cache, 0, fmt, batch, seq, sizes))
+    static = (fmt, batch, seq, sizes.kv_heads, sizes.head_dim)
+    shape = jax.eval_shape(partial(full_cache, 0, *static))
     nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
-    make = jax.jit(_cache, static_argnums=(1, 2, 3, 4))
-    caches = [make(i, fmt, batch, seq, sizes) for i in range(timing.copies(sizes.nbytes, nbytes))]
+    make = jax.jit(full_cache, static_argnums=(1, 2, 3, 4, 5))
+    caches = [make(i, *static) for i in range(timing.copies(sizes.nbytes, nbytes))]
     q = jax.random.normal(jax.random.key(1), (batch, sizes.kv_heads * sizes.group, sizes.head_dim))
     implementation = "mosaic_gpu" if gpu else "xla"
     attend = partial(pk.decode_attention, implementation=implementation)
@@ -121,9 +122,11 @@ def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool)
     }
 
 
-def _cache(seed, fmt: pk.KVFormat, batch: int, seq: int, sizes: Sizes) -> pk.KVCache:
+def full_cache(
+    seed, fmt: pk.KVFormat, batch: int, seq: int, kv_heads: int, head_dim: int
+) -> pk.KVCache:
     """A full cache of random codes, its pages in random order."""
-    cache = pk.KVCache.create(fmt, batch, seq, sizes.kv_heads, sizes.head_dim)
+    cache = pk.KVCache.create(fmt, batch, seq, kv_heads, head_dim)
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 20))
 
     def codes(plane, bits):

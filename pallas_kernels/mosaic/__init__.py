@@ -4,3 +4,4 @@ from pallas_kernels.mosaic.attention import architecture as architecture
 from pallas_kernels.mosaic.attention import decode_attention as decode_attention
 from pallas_kernels.mosaic.attention import unsupported as unsupported
 from pallas_kernels.mosaic.config import Config as Config
+from pallas_kernels.mosaic.prefill import prefill_attention as prefill_attention

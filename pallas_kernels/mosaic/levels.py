@@ -44,7 +44,11 @@ def _code_step(bits: int) -> int:
 
 def slots(bits: int, n: int, xp=np):
     """Which code of a row of n (a multiple of 64) each slot of the contraction holds, int [n]."""
-    slot = xp.arange(n)
+    return code_of_slot(bits, n, xp.arange(n))
+
+
+def code_of_slot(bits: int, n: int, slot):
+    """`slots`, of some slots."""
     step, place = slot // 16, slot % 16
     lane, i = place % 8 // 2, place % 2 + 2 * (place // 8)
     return lane * (n // 4) + _first_codes(bits, step) + _code_step(bits) * i
@@ -76,38 +80,43 @@ def load_levels(
     *,
     rows_of: int | None = None,
     page_size: int | None = None,
-    part: int = 0,
+    part: Any = 0,
+    only: slice = slice(None),
     interpret: bool,
 ):
     """Levels of packed rows in shared memory, float16 [rows, n], columns in slot order.
 
     planes: uint8 refs of any shape that hold [rows, n * plane_bits / 8] contiguously; if page_size
     is given [pages, rows, page_size * plane_bits / 8], whose pages make up the n = 64 columns, or
-    whose only page holds them as its part-th 64. table: the two words of `tables(bits)`. rows_of:
-    value_bits whose `page_rows` orders the rows; None keeps the order.
+    whose only page holds them as its part-th 64 (an int or a scalar). table: the two words of
+    `tables(bits)`. rows_of: value_bits whose `page_rows` orders the rows; None keeps the order.
+    only: of these rows (a multiple of 64).
     """
     size = page_size or n
+    first, end, _ = only.indices(rows)
     if interpret:
         pages = max(1, n // size)
         levels = _plain_levels([plane[...].reshape(pages, rows, -1) for plane in planes], bits)
-        levels = jnp.moveaxis(levels, 0, 1).reshape(rows, -1)[:, part * n : (part + 1) * n]
-        levels = levels[:, slots(bits, n, jnp)]
-        return levels if rows_of is None else levels[page_rows(rows_of, jnp)]
+        levels = jnp.moveaxis(levels, 0, 1).reshape(rows, -1)
+        levels = levels[:, part * n + slots(bits, n, jnp)]
+        return levels[only] if rows_of is None else levels[page_rows(rows_of, jnp)]
 
     layout = plgpu.Layout.WGMMA
 
     @inline(
-        arg_types=(tuple(plgpu.RefType() for _ in planes), (_SCALAR,) * len(table)),
-        return_type=array((rows, n), jnp.float16, layout),
+        arg_types=(tuple(plgpu.RefType() for _ in planes), (_SCALAR,) * len(table), _SCALAR),
+        return_type=array((end - first, n), jnp.float16, layout),
     )
-    def load(_, refs, table):
+    def load(_, refs, table, part):
+        part = part.registers.item()
         table = [x.registers.item() for x in table]
         quad, lane = _row_of_thread(rows_of)
-        out = np.empty(layout.to_mgpu().registers_shape((rows, n)), object)
-        flat = out.reshape(rows // ROWS, n // 16, 2, 2)  # tile, step, column half, row half
-        for tile in range(rows // ROWS):
+        out = np.empty(layout.to_mgpu().registers_shape((end - first, n)), object)
+        tiles = (end - first) // ROWS
+        flat = out.reshape(tiles, n // 16, 2, 2)  # tile, step, column half, row half
+        for tile in range(tiles):
             for half in range(2):
-                row = _add(quad, tile * ROWS + half * _half_step(rows_of))
+                row = _add(quad, first + tile * ROWS + half * _half_step(rows_of))
                 words = [
                     _load_words(ref, rows, row, lane, n * width // 32, 4 * size // n, part)
                     for ref, width in zip(refs, packing.plane_bits(bits), strict=True)
@@ -116,7 +125,7 @@ def load_levels(
                     flat[tile, step, :, half] = _two_halves(four)
         return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
 
-    return load(tuple(planes), tuple(table))
+    return load(tuple(planes), tuple(table), jnp.int32(part))
 
 
 def load_scales(ref, value_bits: int, *, page_size: int = ROWS, interpret: bool):
@@ -203,7 +212,7 @@ def _plain_levels(planes: list, bits: int):
     return jnp.where(code >> np.uint8(bits - 1) == 1, -size, size)
 
 
-def _load_words(ref, rows: int, row, lane, quarter: int, quarters: int, part: int) -> list:
+def _load_words(ref, rows: int, row, lane, quarter: int, quarters: int, part) -> list:
     """A lane's quarter of a row, as 32-bit words.
 
     quarter: its bytes; quarters: those in a row as it lies in memory, of which part says which
@@ -219,7 +228,8 @@ def _load_words(ref, rows: int, row, lane, quarter: int, quarters: int, part: in
             offset = arith.addi(offset, arith.muli(_and(lane, 1), _c(quarter)))
     else:
         offset = arith.addi(offset, arith.muli(lane, _c(quarter)))
-        offset = _add(offset, part * 4 * quarter)
+        if quarters > 4:
+            offset = arith.addi(offset, arith.muli(part, _c(4 * quarter)))
     if quarter == 2 and quarters == 1:
         word = arith.extui(_i(32), _load(ref, offset, _i(16), 2))
         high = _and(arith.shli(word, _c(14)), 0x33330000)

@@ -40,14 +40,19 @@ def smem(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=tiled)
 
 
-def matmul(a, b, interpret, acc=None) -> Any:
-    """acc + a @ b.T, a in registers or shared memory [m, k], b in shared memory [n, k]."""
+def matmul(a, b, interpret, acc=None, issued=lambda: None) -> Any:
+    """acc + a @ b.T, a in registers or shared memory [m, k], b in shared memory [n, k].
+
+    issued: called once the tensor cores have the product to do, before it is waited for.
+    """
     if interpret:
+        issued()
         product = jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32).T)
         return product if acc is None else acc + product
 
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, a, b.T)
+        issued()
         if acc is None:
             return acc_ref[...]
 
@@ -151,6 +156,36 @@ def publish(x, interpret):
         return mgpu.FragmentedArray.splat(any_over, (), is_signed=True)
 
     return publish(x)
+
+
+def warp_any(x, limit: float, interpret):
+    """Is any x [m], one for each of an accumulator's rows, over the limit? int32, for each warp.
+
+    Warps may differ, so what depends on it must not need all of the warpgroup.
+    """
+    if interpret:
+        return jnp.any(x > limit).astype(jnp.int32)
+
+    @levels.inline(
+        arg_types=(plgpu.Layout.WGMMA.reduce(1),),
+        return_type=levels.array((), jnp.int32, plgpu.Layout.WG_SPLAT(())),
+    )
+    def vote(_, x):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        values = [llvm.extractelement(r, arith.constant(i32, 0)) for r in x.registers.flat]
+        largest = functools.reduce(arith.maxnumf, values)
+        over = llvm.inline_asm(
+            i32,
+            [largest, arith.constant(f32, limit)],
+            "{ .reg .pred p, q; setp.gt.f32 p, $1, $2; vote.sync.any.pred q, p, -1;"
+            " selp.u32 $0, 1, 0, q; }",
+            "=r,f,f",
+            has_side_effects=True,
+            asm_dialect=0,
+        )
+        return mgpu.FragmentedArray.splat(over, (), is_signed=True)
+
+    return vote(x)
 
 
 def store_result(ref, x, interpret):

@@ -1,0 +1,201 @@
+"""`jaxgds bench prefill`: attention of a prompt, read in chunks over a compressed cache.
+
+Against bf16 flash attention of the whole prompt at once. What is timed is the attention of all
+chunks (each over a full cache of so many tokens), not the appends between them, which `jaxgds bench
+encode` times. Times are those of `timing`.
+"""
+
+# matplotlib is optional.
+# pyright: reportMissingImports=false
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as pk
+from jaxgds.bench import timing
+from jaxgds.bench.decode import format_of, full_cache
+
+
+FORMATS = ("K4V4", "K3V3")
+_TOLERANCE = 1e-2  # relative, in the Euclidean norm
+_CHECKED = 128  # queries that are compared with xla's
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is swept, and how large. seqs: tokens of a prompt; chunk: of them read at a time."""
+
+    seqs: Sequence[int]
+    batches: Sequence[int]
+    chunk: int = 4096
+    head_dim: int = 128
+    group: int = 8
+    kv_heads: int = 8
+    repeat: int = 5
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if np.min(value) < 1:
+                raise ValueError(f"{name}={value} is not positive")
+        for seq in self.seqs:
+            if seq % self.chunk:
+                raise ValueError(f"{seq=} is not a multiple of chunk={self.chunk}")
+
+
+GPU = Sizes(seqs=(8192, 32768), batches=(1,))
+CPU = Sizes(seqs=(256,), batches=(1,), chunk=128, head_dim=64, group=2, kv_heads=1, repeat=1)
+
+
+def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[str, Any]:
+    """Checks and times each format at each size on the first device.
+
+    Plain JSON types: machine, shape, results (one a case; "error" in place of times for one that
+    is wrong or does not fit). Raises ValueError for a format that is not like K4V4.
+    """
+    settings = [format_of(name) for name in formats]
+    device = jax.devices()[0]
+    gpu = device.platform == "gpu"
+    if not gpu:
+        report("no GPU here: only the xla implementation is measured, and the sizes say little")
+    results = []
+    for batch, seq in product(sizes.batches, sizes.seqs):
+        baseline = "cudnn" if gpu else "xla"
+        cases: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            (f"bf16 {baseline}", partial(_bf16, sizes, batch, seq, baseline, gpu))
+        ]
+        for name, fmt in zip(formats, settings, strict=True):
+            cases.append((name, partial(_compressed, sizes, batch, seq, fmt, gpu)))
+        for name, case in cases:
+            report(f"{name}, batch {batch}, {seq} tokens")
+            try:
+                found = case()
+            except (RuntimeError, ArithmeticError) as e:
+                found = {"error": str(e).splitlines()[0]}
+            results.append({"name": name, "batch": batch, "seq": seq, **found})
+    machine = {
+        "device_platform": device.platform,
+        "device": device.device_kind,
+        "jax": jax.__version__,
+    }
+    names = ("chunk", "head_dim", "group", "kv_heads")
+    shape = {name: getattr(sizes, name) for name in names}
+    return {"machine": machine, "shape": shape, "results": results}
+
+
+def flops(sizes: Sizes, batch: int, seq: int) -> int:
+    """Of a causal attention: two products, each over half of all pairs of tokens."""
+    return 2 * batch * seq * (seq + 1) * sizes.kv_heads * sizes.group * sizes.head_dim
+
+
+def _prompt(sizes: Sizes, batch: int, seq: int) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    heads = (sizes.kv_heads * sizes.group, sizes.kv_heads, sizes.kv_heads)
+    return [
+        jax.random.normal(key, (batch, seq, n, sizes.head_dim), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    ]
+
+
+def _bf16(sizes: Sizes, batch: int, seq: int, implementation: str, gpu: bool) -> dict[str, Any]:
+    attention: Any = jax.nn.dot_product_attention
+    attend = partial(attention, is_causal=True, implementation=implementation)
+    q, k, v = _prompt(sizes, batch, seq)
+    measured = timing.measure(attend, q, [(k, v)], sizes.repeat, gpu)
+    return {"flops": flops(sizes, batch, seq), **measured}
+
+
+def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool) -> dict[str, Any]:
+    make = jax.jit(full_cache, static_argnums=(1, 2, 3, 4, 5))
+    full = make(0, fmt, batch, seq, sizes.kv_heads, sizes.head_dim)
+    implementation = "mosaic_gpu" if gpu else "xla"
+    attend = partial(pk.prefill_attention, implementation=implementation)
+    q, k, v = _prompt(sizes, batch, seq)
+
+    def of(cache, tokens):
+        return replace(cache, lengths=jnp.full(batch, tokens, jnp.int32))
+
+    def chunks(q, k, v, cache):
+        outputs = []
+        for start in range(0, seq, sizes.chunk):
+            here = slice(start, start + sizes.chunk)
+            outputs.append(attend(q[:, here], k[:, here], v[:, here], of(cache, start)))
+        return outputs
+
+    error = 0.0
+    if gpu:
+        few_q, few_k, few_v = (x[:, :_CHECKED] for x in (q, k, v))
+        cache = of(full, seq - sizes.chunk)
+        got, want = (
+            np.asarray(pk.prefill_attention(few_q, few_k, few_v, cache, implementation=x), float)
+            for x in ("mosaic_gpu", "xla")
+        )
+        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        if not error <= _TOLERANCE:
+            raise ArithmeticError(f"wrong: the result differs from xla's by {error:.1e}")
+    measured = timing.measure(chunks, q, [(k, v, full)], sizes.repeat, gpu)
+    return {
+        "implementation": implementation,
+        "flops": flops(sizes, batch, seq),
+        "error_to_xla": error,
+        **measured,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """`run`'s result as text for people."""
+    machine, shape = found["machine"], found["shape"]
+    lines = [
+        f"{machine['device']}, jax {machine['jax']}, "
+        + ", ".join(f"{name} {value}" for name, value in shape.items()),
+        f"{'batch':>5}{'tokens':>8}  {'':12}{'us':>10}{'wall':>10}{'TFLOP/s':>9}{'of bf16':>8}"
+        f"{'launches':>9}",
+    ]
+    for row in found["results"]:
+        start = f"{row['batch']:5}{row['seq']:8}  {row['name']:12}"
+        if "us" not in row:
+            lines.append(f"{start}  {row['error']}")
+            continue
+        bf16 = _bf16_us(found, row)
+        lines.append(
+            f"{start}{row['us']:10.1f}{row['wall_us']:10.1f}{row['flops'] / row['us'] / 1e6:9.1f}"
+            f"{f'{bf16 / row["us"]:.2f}' if bf16 else '-':>8}{row.get('launches', '-'):>9}"
+        )
+    return "\n".join(lines)
+
+
+def _bf16_us(found: dict[str, Any], row: dict[str, Any]) -> float | None:
+    for other in found["results"]:
+        same = all(other[key] == row[key] for key in ("batch", "seq"))
+        if same and other["name"].startswith("bf16") and "us" in other:
+            return other["us"]
+    return None
+
+
+def plot(found: dict[str, Any], file: str) -> None:
+    """Draws floating-point operations per second against tokens; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["results"] if "us" in row]
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, batch in dict.fromkeys((row["name"], row["batch"]) for row in rows):
+        points = [
+            (row["seq"], row["flops"] / row["us"] / 1e6)
+            for row in rows
+            if (row["name"], row["batch"]) == (name, batch)
+        ]
+        style = "--" if " " in name else "-"
+        label = f"{name}, batch {batch}"
+        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=3, label=label)
+    axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="TFLOP/s")
+    axes.set_ylim(0)
+    axes.legend(fontsize=8)
+    figure.suptitle(f"prefill attention, {found['machine']['device']}", fontsize=10)
+    figure.savefig(file, dpi=150)

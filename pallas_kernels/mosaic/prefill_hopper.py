@@ -1,0 +1,436 @@
+"""Prefill attention on Hopper: one thread block per (sequence, KV head, 128 queries).
+
+Flash attention, all of it in rotated space, over tiles of 64 or 128 tokens: first the packed ones,
+then those that `prefill.Dense` holds. Three warpgroups share the work:
+
+    producer   codes (TMA) -> registers -> float16 K and V in shared memory; dense tiles: TMA only
+    consumers  64 queries each: S = q K^T, online softmax, O += P V, P never leaves the registers
+
+The scales of the vectors are multiplied in by the producer, half an instruction an element. The
+consumers take turns, so that one's softmax runs while the other's products do.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float16, Int32
+
+from pallas_kernels.cache import KVCache
+from pallas_kernels.mosaic import levels
+from pallas_kernels.mosaic.exact import LOWEST, capped
+from pallas_kernels.mosaic.tiles import (
+    along_columns,
+    along_rows,
+    full,
+    load_columns,
+    load_rows,
+    matmul,
+    smem,
+    warp_any,
+)
+from pallas_kernels.packing import plane_bits
+
+
+ROWS = 128  # queries of a block
+_PART = 64  # rows of a wgmma, tokens of a part of a tile
+_CONSUMERS = 2
+_TURNS = True
+# How far a score, to the base 2, may lie over the one that exponentials are taken relative to.
+_SLACK = 8.0
+_SHARED_MEMORY = 226 * 1024
+# Registers of a consumer's thread and of a producer's, by head_dim; 504 for the three warpgroups.
+_REGISTERS = {64: (208, 88), 128: (208, 88), 256: (216, 72)}
+
+
+def tile_tokens(head_dim: int) -> int:
+    """Tokens that are attended to at once."""
+    return 64 if head_dim == 256 else 128
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rotated queries, `rows` of them a KV head: for each token those of its group.
+
+    scores = scale * (x @ k), to the base 2; bias: what is then to be added. place: of the token
+    in the chunk.
+    """
+
+    x: Float16[Array, "batch kv_heads rows head_dim"]
+    scale: Float[Array, "batch kv_heads rows"]
+    bias: Float[Array, "batch kv_heads rows"] | None
+    place: Float[Array, " rows"]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What is attended to: the cache's packed tokens up to a multiple of a tile, then dense ones.
+
+    Dense token j is the sequence's token j if j < sinks, else token base + j, where base is how
+    many packed tokens come before. k_scale, v_scale: of the packed tokens, in the order in which
+    `levels.page_rows` and `levels.slots` leave a part of a tile.
+    """
+
+    k: Float16[Array, "batch kv_heads dense head_dim"]
+    v: Float16[Array, "batch kv_heads head_dim dense"]
+    k_scale: Float16[Array, "batch kv_heads packed"]
+    v_scale: Float16[Array, "batch kv_heads packed"]
+    base: Int32[Array, " batch"]
+    lengths: Int32[Array, " batch"]
+
+
+def attention(
+    q: Queries,
+    keys: Keys,
+    cache: KVCache,
+    group: int,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    interpret: bool = False,
+) -> Float16[Array, "batch kv_heads rows head_dim"]:
+    """Softmax attention in rotated space, in the units of keys.v. soft_cap: to the base 2."""
+    fmt = cache.fmt
+    batch, heads, rows, d = q.x.shape
+    tile = tile_tokens(d)
+    planes = [x.reshape(*x.shape[:2], -1, 128) for x in (*cache.k_planes, *cache.v_planes)]
+    pages = max(1, tile // fmt.page_size)
+    parts = max(1, fmt.page_size // tile)  # tiles that a page is cut into
+    key_planes = len(plane_bits(fmt.key_bits))
+    lines = [x.shape[2] * pages for x in planes]
+    lines = [n // parts if i < key_planes else n for i, n in enumerate(lines)]
+    stages, code_stages = _stages(d, tile, 128 * sum(lines) + 4 * tile)
+    # Which token of a tile each of its columns is: dense and packed.
+    order = np.arange(tile) // _PART * _PART + np.tile(
+        levels.page_rows(fmt.value_bits), tile // _PART
+    )
+    columns = np.stack([np.arange(tile), order]).astype(np.float32)
+    vectors = [q.scale] if q.bias is None else [q.scale, q.bias]
+    tables = np.concatenate([levels.tables(fmt.key_bits), levels.tables(fmt.value_bits)])
+    kernel = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            fmt=fmt,
+            group=group,
+            vectors=len(vectors),
+            stages=stages,
+            code_stages=code_stages,
+            soft_cap=soft_cap,
+            sliding_window=sliding_window,
+            interpret=interpret,
+        ),
+        out_type=jax.ShapeDtypeStruct(q.x.shape, jnp.float16),
+        scratch_types=(
+            smem((_CONSUMERS, _PART, d), jnp.float16),
+            smem((stages, tile, d), jnp.float16),
+            smem((stages, d, tile), jnp.float16),
+            tuple(plgpu.SMEM((code_stages, n, 128), jnp.uint8) for n in lines),
+            tuple(plgpu.SMEM((code_stages, tile), jnp.float16) for _ in range(2)),
+            plgpu.Barrier(num_barriers=_CONSUMERS),
+            plgpu.Barrier(num_arrivals=pages * len(planes) + 2, num_barriers=code_stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_CONSUMERS),
+        ),
+        grid=(batch, heads, rows // ROWS),
+        grid_names=("batch", "head", "block"),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    return kernel(
+        keys.lengths,
+        keys.base,
+        cache.page_table,
+        jnp.asarray(tables),
+        jnp.asarray(columns),
+        q.place,
+        q.x,
+        keys.k,
+        keys.v,
+        keys.k_scale,
+        keys.v_scale,
+        *planes,
+        *vectors,
+    )
+
+
+def _stages(d: int, tile: int, code_bytes: int) -> tuple[int, int]:
+    """Tiles, and tiles of codes, that fit into shared memory."""
+    for stages, code_stages in ((2, 2), (2, 1), (1, 1)):
+        if 2 * ROWS * d + 4 * stages * tile * d + code_stages * code_bytes <= _SHARED_MEMORY:
+            return stages, code_stages
+    raise NotImplementedError(f'a tile of {code_bytes} bytes of codes does not fit; use "xla"')
+
+
+def _kernel(
+    lengths,
+    base,
+    table,
+    tables,
+    columns,
+    place,
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    *refs,
+    fmt,
+    group,
+    vectors,
+    stages,
+    code_stages,
+    soft_cap,
+    sliding_window,
+    interpret,
+):
+    key_planes, value_planes = (len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits))
+    refs = list(refs)
+    planes, refs = refs[: key_planes + value_planes], refs[key_planes + value_planes :]
+    vectors, (out, q_s, k_s, v_s, codes, scales, *barriers) = refs[:vectors], refs[vectors:]
+    q_ready, codes_ready, k_ready, v_ready, k_read, v_read, turn = barriers
+    batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
+    warpgroup = lax.axis_index("warpgroup")
+    tile, d = k_s.shape[1:]
+    parts = tile // _PART
+    # The longest blocks first.
+    block = q.shape[2] // ROWS - 1 - block
+
+    # The tiles that this block attends to, of its first query and its last one.
+    packed = base[batch] // tile
+    ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
+    start = jnp.int32(0)
+    newest = ahead + (block * ROWS + ROWS - 1) // group
+    end = packed + jnp.minimum(newest // tile, k.shape[2] // tile - 1) + 1
+    whole = packed + (ahead + block * ROWS // group + 1) // tile  # from here on masked
+    if sliding_window is not None:
+        oldest = lengths[batch] + block * ROWS // group + 1 - sliding_window
+        start = jnp.maximum(oldest - fmt.sinks, 0) // tile
+        whole = start
+
+    def slot_of(i, of=stages):
+        return lax.rem(i - start, of)
+
+    def produce():
+        pages_at_once, cut = max(1, tile // fmt.page_size), max(1, fmt.page_size // tile)
+        k_table, v_table = ((tables[i], tables[i + 1]) for i in (0, 2))
+
+        def fetch(i):
+            slot = slot_of(i, code_stages)
+            pages = [table[batch, i // cut * pages_at_once + j] for j in range(pages_at_once)]
+
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(warp == 0)
+                def _():
+                    ready = codes_ready.at[slot]
+                    for j, page in enumerate(pages):
+                        for plane, (source, to) in enumerate(zip(planes, codes, strict=True)):
+                            n = to.shape[1] // pages_at_once
+                            source = source.at[page, head]
+                            if plane < key_planes and cut > 1:
+                                source = source.at[pl.ds(lax.rem(i, cut) * n, n)]
+                            here = to.at[slot, j * n : (j + 1) * n]
+                            plgpu.copy_gmem_to_smem(source, here, ready)
+                    for source, to in zip((k_scale, v_scale), scales, strict=True):
+                        here = source.at[batch, head, pl.ds(i * tile, tile)]
+                        plgpu.copy_gmem_to_smem(here, to.at[slot], ready)
+
+        def part_of(refs, slot, part):
+            """The codes of one part of a tile, where parts lie one after another."""
+            sizes = [ref.shape[1] // parts for ref in refs]
+            return [
+                ref.at[slot, part * n : (part + 1) * n] for ref, n in zip(refs, sizes, strict=True)
+            ]
+
+        def packed_tile(i, _):
+            slot, code = slot_of(i), slot_of(i, code_stages)
+            plgpu.barrier_wait(codes_ready.at[code])
+            wait_if_used(k_read, i)
+            for part in range(parts):
+                refs = part_of(codes[:key_planes], code, part)
+                here = slice(part * _PART, (part + 1) * _PART)
+                x = levels.load_levels(
+                    refs,
+                    k_table,
+                    fmt.key_bits,
+                    _PART,
+                    d,
+                    rows_of=fmt.value_bits,
+                    interpret=interpret,
+                )
+                scale = _load(scales[0].at[code, here], 1, interpret)
+                k_s.at[slot, here][...] = x * along_rows(scale, d)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(k_ready.at[slot])
+            wait_if_used(v_read, i)
+            for part in range(parts):
+                refs = codes[key_planes:]
+                if fmt.page_size <= _PART:
+                    refs, number = part_of(refs, code, part), 0
+                else:
+                    refs, number = [ref.at[code] for ref in refs], part + lax.rem(i, cut)
+                here = slice(part * _PART, (part + 1) * _PART)
+                scale = _load(scales[1].at[code, here], 0, interpret)
+                for row in range(0, d, _PART):  # as few registers at a time as can be
+                    only = slice(row, row + _PART)
+                    x = levels.load_levels(
+                        refs,
+                        v_table,
+                        fmt.value_bits,
+                        d,
+                        _PART,
+                        page_size=fmt.page_size,
+                        part=number,
+                        only=only,
+                        interpret=interpret,
+                    )
+                    v_s.at[slot, only, here][...] = x * along_columns(scale, _PART)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(v_ready.at[slot])
+
+            # All warps have read these codes.
+            @pl.when(i + code_stages < packed_end)
+            def _():
+                fetch(i + code_stages)
+
+        def dense_tile(i, _):
+            slot, here = slot_of(i), pl.ds((i - packed) * tile, tile)
+            wait_if_used(k_read, i)
+            plgpu.copy_gmem_to_smem(k.at[batch, head, here], k_s.at[slot], k_ready.at[slot])
+            wait_if_used(v_read, i)
+            plgpu.copy_gmem_to_smem(v.at[batch, head, :, here], v_s.at[slot], v_ready.at[slot])
+
+        def wait_if_used(read, i):
+            @pl.when(i - start >= stages)
+            def _():
+                plgpu.barrier_wait(read.at[slot_of(i)])
+
+        packed_end = jnp.minimum(packed, end)
+        for ahead in range(code_stages):
+
+            @pl.when(start + ahead < packed_end)
+            def _(i=start + ahead):
+                fetch(i)
+
+        lax.fori_loop(start, packed_end, packed_tile, None)
+        lax.fori_loop(jnp.maximum(start, packed), end, dense_tile, None)
+
+    def consume(number):
+        here = pl.ds(block * ROWS + number * _PART, _PART)
+        q_here = q_s.at[number]
+        plgpu.copy_gmem_to_smem(q.at[batch, head, here], q_here, q_ready.at[number])
+        scale, *bias = (load_rows(x.at[batch, head, here], interpret) for x in vectors)
+        position = load_rows(place.at[here], interpret) + lengths[batch].astype(jnp.float32)
+        plgpu.barrier_wait(q_ready.at[number])
+
+        def issue_in_turn():
+            if not _TURNS:
+                return
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def visible(i):
+            """Which tokens of tile i each query attends to, bool [queries, tokens]."""
+            is_packed = (i < packed).astype(jnp.int32)
+            token = load_columns(columns.at[is_packed], interpret)
+            token += (i * tile + fmt.sinks * is_packed).astype(jnp.float32)
+            if sliding_window is not None and fmt.sinks:
+                after = token - base[batch].astype(jnp.float32)
+                sink = (after < fmt.sinks) & (is_packed == 0)
+                token = jnp.where(sink, after, token)
+            tokens = along_columns(token, _PART)
+            seen = tokens <= along_rows(position, tile)
+            if sliding_window is not None:
+                seen &= tokens > along_rows(position - sliding_window, tile)
+            return seen
+
+        def step(i, state, masked):
+            acc, total, shift = state
+            slot = slot_of(i)
+            plgpu.barrier_wait(k_ready.at[slot])
+            s = matmul(q_here, k_s.at[slot], interpret, issued=issue_in_turn)
+            plgpu.barrier_arrive(k_read.at[slot])
+            plain = not masked and soft_cap is None
+            if plain:  # scaled below, in the same instruction that subtracts the shift
+                top = jnp.max(s, axis=1) * scale
+            else:
+                s = s * along_rows(scale, tile)
+                if bias:
+                    s = s + along_rows(bias[0], tile)
+                if soft_cap is not None:
+                    s = capped(s, soft_cap)
+                if masked:
+                    s = jnp.where(visible(i), s, full((_PART, tile), LOWEST))
+                top = jnp.max(s, axis=1)
+
+            def adapt(acc, total, shift):
+                raised = jnp.maximum(shift, top)
+                down = jnp.exp2(shift - raised)
+                return acc * along_rows(down, d), total * down, raised
+
+            over = warp_any(top - shift, _SLACK, interpret)
+            acc, total, shift = lax.cond(over != 0, adapt, lambda *x: x, acc, total, shift)
+            if plain:
+                s = s * along_rows(scale, tile)
+            p = jnp.exp2(s - along_rows(shift, tile))
+            total = total + jnp.sum(p, axis=1)
+            p = p.astype(jnp.float16)
+            if not interpret:
+                # The softmax is not to wait for the other warpgroup.
+                acc, total, shift, p = lax.optimization_barrier((acc, total, shift, p))
+            if _TURNS:
+                plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(v_ready.at[slot])
+            if _TURNS:
+                plgpu.barrier_wait(turn)
+            acc = matmul(p, v_s.at[slot], interpret, acc)
+            plgpu.barrier_arrive(v_read.at[slot])
+            return acc, total, shift
+
+        if number == 1:
+            issue_in_turn()
+        by_row = plgpu.Layout.WGMMA.reduce(1)
+        state = full((_PART, d), 0.0), full((_PART,), 0.0, by_row), full((_PART,), LOWEST, by_row)
+        whole_end = jnp.minimum(whole, end)
+        if sliding_window is None:
+            state = lax.fori_loop(start, whole_end, functools.partial(step, masked=False), state)
+        state = lax.fori_loop(whole_end, end, functools.partial(step, masked=True), state)
+        acc, total, _ = state
+        if number == 0:
+            issue_in_turn()
+        q_here[...] = (acc * along_rows(1 / total, d)).astype(jnp.float16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_here, out.at[batch, head, here])
+        plgpu.wait_smem_to_gmem(0)
+
+    for number in range(_CONSUMERS):
+
+        @pl.when(warpgroup == number)
+        def _(number=number):
+            if not interpret:
+                plgpu.set_max_registers(_REGISTERS[d][0], action="increase")
+            consume(number)
+
+    @pl.when(warpgroup == _CONSUMERS)
+    def _():
+        if not interpret:
+            plgpu.set_max_registers(_REGISTERS[d][1], action="decrease")
+        produce()
+
+
+def _load(ref, axis: int, interpret):
+    """float16 ref [n] in shared memory, one a row (axis 1 is reduced) or one a column (axis 0)."""
+    if interpret:
+        return ref[...]
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
