@@ -176,6 +176,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     quality.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
     quality.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
     quality.set_defaults(run=_bench_quality)
+    coldstart = benches.add_parser(
+        "coldstart",
+        help="from the start of a process to its first token, part by part",
+        description="Makes a prepared checkpoint of random weights, and runs to the first token in "
+        "fresh processes: stock Orbax and then compilation, against both at once, with a cold and "
+        "a warm compilation cache. The model is that of examples/serve_llama.py: run it from a "
+        "checkout with the examples extra.",
+    )
+    coldstart.add_argument("--model", default="llama-3.1-8b", help="as for plan")
+    coldstart.add_argument("--layers", type=int, help="fewer of them than the model has")
+    coldstart.add_argument("--weights", default="bf16", choices=("bf16", "fp8"))
+    coldstart.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
+    coldstart.add_argument("--repeat", type=int, default=1, help="processes for each case")
+    coldstart.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
+    coldstart.add_argument("--json", metavar="FILE", help="write the results ('-': to stdout)")
+    coldstart.add_argument("--plot", metavar="FILE", help="draw the results (needs matplotlib)")
+    coldstart.set_defaults(run=_bench_coldstart)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -373,6 +390,27 @@ def _bench_quality(args: argparse.Namespace) -> int:
     if args.plot:
         quality.plot(found, args.plot)
     return 0
+
+
+def _bench_coldstart(args: argparse.Namespace) -> int:
+    from jaxgds import models
+    from jaxgds.bench import coldstart
+
+    config = models.read_config(args.model)
+    if args.layers is not None:
+        config |= {"num_hidden_layers": args.layers}
+    found = coldstart.run(
+        args.dir,
+        config,
+        args.weights,
+        prompt=args.prompt,
+        repeat=args.repeat,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    _show(args, found, coldstart.table)
+    if args.plot:
+        coldstart.plot(found, args.plot)
+    return 1 if any("error" in row for row in found["results"]) else 0
 
 
 def _show(args: argparse.Namespace, found: Any, table: Callable[[Any], str]) -> None:

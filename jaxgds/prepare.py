@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ class Job:
 
 
 def prepare(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Model,
     destination: str | os.PathLike[str],
     *,
     mesh: Mesh,
@@ -81,7 +82,8 @@ def prepare(
     """Writes a prepared checkpoint; shows its progress if stderr is a terminal.
 
     Args:
-      source: a safetensors file or directory, an Orbax checkpoint or a GGUF file.
+      source: a safetensors file or directory, an Orbax checkpoint or a GGUF file; or a model from
+        elsewhere that is read tensor by tensor.
       destination: a directory that does not exist yet.
       mesh: the mesh it will be restored onto (it can be restored onto others too).
       rules: how parameters are sharded; None takes those that ship for the model's family. Without
@@ -103,8 +105,10 @@ def prepare(
     start = time.perf_counter()
     destination = os.path.abspath(os.fspath(destination))
     if os.path.lexists(destination):
-        raise FileExistsError(errno.EEXIST, "remove it, or choose another", destination)
-    model = sources.open_model(source)
+        raise FileExistsError(
+            errno.EEXIST, "it is there already: remove it, or choose another", destination
+        )
+    model = source if isinstance(source, Model) else sources.open_model(source)
     if rules is None:
         one = mesh.size == 1 and method is None and not has_rules(model.config)
         rules = Rules("none", (Rule(("*",), ()),)) if one else shipped(model.config)
@@ -112,7 +116,6 @@ def prepare(
     arrays = [a for job in jobs for a in (job.array, job.scale) if a is not None]
     places = prepared.place(arrays, mesh, file_bytes)
     written = sum(prepared.padded(e.nbytes) for e in places.values())
-    check_space(os.path.dirname(destination), written + _SLACK)
     with (
         temporary(destination) as folder,
         ThreadPoolExecutor(1) as reader,
@@ -120,6 +123,7 @@ def prepare(
         shown(sum(job.tensor.nbytes for job in jobs), "prepare", after=0) as moved,
         Writer(folder, places) as writer,
     ):
+        check_space(folder, written + _SLACK)  # now that what a killed run left is gone
         for job in jobs:
             try:
                 _convert(job, writer, reader, pool, moved)
@@ -183,8 +187,10 @@ def make_jobs(
         else:
             jobs.append(Job(tensor, replace(array, dtype=to or tensor.dtype)))
     names = [a.name for job in jobs for a in (job.array, job.scale) if a is not None]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{model.path}: a tensor has the name that another one's scales would get")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(
+            f"{model.path}: several arrays, or scales, would have the name {twice[0]!r}"
+        )
     return jobs
 
 
@@ -252,7 +258,7 @@ def _convert(
             else:
                 encoded[part] = quantize.encode(x[part], np.broadcast_to(here, x.shape)[part])
 
-        axis = max((d for d in range(x.ndim) if d != contract), key=lambda d: x.shape[d], default=0)
+        axis = max((d for d in range(x.ndim) if d != contract), key=lambda d: x.shape[d])
         quantize.in_parts(encode, x.shape, axis, pool)
         writer.put(job.array, box, encoded)
         moved(x.nbytes)

@@ -1,0 +1,196 @@
+"""`jaxgds bench coldstart`: from the start of a process to its first token, part by part.
+
+A naive script (stock Orbax restores, then the step compiles) against one in which both overlap,
+each in fresh processes on the same prepared checkpoint, with and without a compilation cache.
+"""
+
+# matplotlib is optional.
+# pyright: reportMissingImports=false
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxgds import models
+from jaxgds.capacity import Weights, columns
+from jaxgds.prepare import prepare
+from jaxgds.rules import Mesh
+from jaxgds.scatter import Box
+from jaxgds.sources import Model, Tensor, tree_keys
+
+
+# Name -> loader, and whether the compilation cache is off, empty, or as a cold case left it.
+CASES = {
+    "naive": ("naive", None),
+    "jaxgds, cache cold": ("jaxgds", "cold"),
+    "jaxgds, cache warm": ("jaxgds", "warm"),
+    "naive, cache warm": ("naive", "warm"),
+}
+PARTS = ("imports", "jax_init", "build", "load", "compile", "load_and_compile", "prefill")
+
+
+def run(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    weights: Weights = "bf16",
+    prompt: int = 256,
+    repeat: int = 1,
+    report=print,
+) -> dict[str, Any]:
+    """Makes the checkpoint in `folder` (kept for the next run) and measures every case.
+
+    Args:
+      config: config.json of a model that examples/serve_llama.py serves.
+      prompt: tokens of the prompt, read at once.
+      repeat: processes for each case; the one with the median total is reported.
+
+    Returns:
+      Plain JSON types. results: for each case seconds (of each part; those of `load` and `compile`
+      are parts of `load_and_compile` where that is given), total, and after_init (from when JAX
+      was ready). A case that failed has error.
+
+    Raises:
+      ValueError: no such model, or this is no checkout of the repository with its examples/.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / "examples" / "serve_llama.py").exists():
+        raise ValueError(
+            "the model is example code: run this from a checkout of the repository, after "
+            "pip install -e '.[examples]'"
+        )
+    folder = Path(folder).absolute()
+    layers = models.kv_shape(config)[0]
+    size = sum(math.prod(shape) for shape in models.parameters(config).values())
+    path = folder / f"coldstart-{weights}-{layers}x{size}"
+    if not path.exists():
+        report(f"checkpoint {path}: {size / 1e9:.2f} billion random parameters in {weights}")
+        make(path, config, weights)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="jaxgds-compiled-") as cache:
+        for name, (loader, state) in CASES.items():
+            runs = []
+            for i in range(repeat):
+                report(f"{name}, process {i + 1} of {repeat}")
+                if state == "cold":
+                    shutil.rmtree(cache)
+                    os.mkdir(cache)
+                runs.append(_measure(loader, path, cache if state else "", prompt, root))
+                report(f"  {runs[-1]}")
+            results.append({"name": name, **_median(runs)})
+    tokens = {row["token"] for row in results if "token" in row}
+    if len(tokens) > 1:
+        raise ArithmeticError(f"the cases disagree on the first token: {sorted(tokens)}")
+    return {
+        "weights": weights,
+        "layers": layers,
+        "parameters": size,
+        "prompt": prompt,
+        "cores": len(os.sched_getaffinity(0)),
+        "results": results,
+    }
+
+
+def make(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
+    """Prepares a checkpoint of random numbers for one device, without a source on disk."""
+    rng = np.random.default_rng(0)
+    block = (rng.standard_normal(1 << 23, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+
+    def read(box: Box) -> np.ndarray:
+        shape = [stop - start for start, stop in box]
+        if len(shape) == 1:  # norms
+            return np.ones(shape, ml_dtypes.bfloat16)
+        return np.resize(block[: math.prod(shape)], shape)
+
+    tensors = tuple(
+        Tensor(tree_keys(name), shape, block.dtype, read)
+        for name, shape in models.parameters(config).items()
+    )
+    configs = {"config.json": json.dumps(config).encode()}
+    model = Model("random", "random numbers", tensors, {}, config, configs, {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prepare(model, path, mesh=Mesh({"tp": 1}), method="fp8" if weights == "fp8" else None)
+
+
+def _measure(loader: str, path: Path, cache: str, prompt: int, root: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "jaxgds.bench.coldstart_run", loader, str(path), cache]
+    done = subprocess.run(
+        [*command, str(prompt), str(time.monotonic())], capture_output=True, text=True, cwd=root
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    s = found["seconds"]
+    return {**found, "after_init": found["total"] - s["imports"] - s["jax_init"]}
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    for row in runs:
+        if "error" in row:
+            return row
+    ordered = sorted(runs, key=lambda row: row["total"])
+    return {**ordered[len(ordered) // 2], "totals": [row["total"] for row in runs]}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """`run`'s result as text for people."""
+    good = [row for row in found["results"] if "error" not in row]
+    device = good[0]["device"] if good else "nothing ran"
+    gigabytes = good[0]["weight_bytes"] / 1e9 if good else 0
+    head = ("seconds", "imports", "JAX init", "build", "load", "compile", "both", "prefill")
+    rows: list[tuple[str, ...]] = [(*head, "total", "after init")]
+    for row in good:
+        cells = [f"{row['seconds'][p]:.2f}" if p in row["seconds"] else "" for p in PARTS]
+        rows.append((row["name"], *cells, f"{row['total']:.2f}", f"{row['after_init']:.2f}"))
+    lines = [
+        f"{device}, {found['cores']} cores: {found['layers']} layers, {gigabytes:.2f} GB of weights"
+        f" in {found['weights']}, a prompt of {found['prompt']} tokens",
+        *columns(rows),
+        "both: from when loading and compiling began together until both were done",
+    ]
+    lines += [f"{r['name']}: {r['error']}" for r in found["results"] if "error" in r]
+    for row in good:
+        s = row["seconds"]
+        if row["name"] == "jaxgds, cache cold":
+            best = max(s["load"], s["compile"])
+            lines.append(f"cold: after init {row['after_init'] / best:.2f} of max(load, compile)")
+        if row["name"] == "jaxgds, cache warm":
+            best = s["load"] + s["prefill"]
+            lines.append(f"warm: after init {row['after_init'] / best:.2f} of load + prefill")
+    return "\n".join(lines)
+
+
+def plot(found: Mapping[str, Any], file: str) -> None:
+    """Draws the parts of each case as one bar; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["results"] if "error" not in row][::-1]
+    figure = Figure(figsize=(8, 1.4 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(rows))
+    for i, part in enumerate(PARTS):
+        widths = np.array(
+            [
+                0.0
+                if part in ("load", "compile") and "load_and_compile" in row["seconds"]
+                else row["seconds"].get(part, 0.0)
+                for row in rows
+            ]
+        )
+        axes.barh(range(len(rows)), widths, left=left, label=part.replace("_", " "), color=f"C{i}")
+        left += widths
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_xlabel("seconds to the first token")
+    axes.set_title(rows[0]["device"] if rows else "", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)

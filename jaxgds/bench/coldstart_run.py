@@ -1,0 +1,94 @@
+"""One cold start in a fresh process: prints when each part of it was done, as one JSON line.
+
+`python -m jaxgds.bench.coldstart_run LOADER CHECKPOINT CACHE PROMPT STARTED`; CACHE is the
+directory of JAX's persistent compilation cache ("" for none), PROMPT a number of tokens, STARTED
+the monotonic clock when the process was started. The model is that of examples/serve_llama.py.
+"""
+
+import sys
+import time
+from typing import Any
+
+
+def main(loader: str, path: str, cache: str, prompt: int, started: float) -> None:
+    seconds: dict[str, float] = {}
+    last = started
+
+    def done(name: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        seconds[name], last = now - last, now
+
+    import json
+    from pathlib import Path
+
+    import jax
+    import numpy as np
+    from flax import nnx
+    from jax.sharding import Mesh
+
+    import pallas_kernels as pk
+    from examples import serve_llama
+    from examples.llama_tp import Config, abstract_model
+    from examples.sharded_cache import make_caches
+
+    if loader == "naive":
+        import orbax.checkpoint  # noqa: F401  its import is part of a script that uses it
+    done("imports")
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.device_put(np.zeros(8), jax.devices()[0]).block_until_ready()
+    done("jax_init")
+
+    folder = Path(path)
+    config = json.loads((folder / "config.json").read_text())
+    fp8 = json.loads((folder / "jaxgds.json").read_text())["quantize"] == "fp8"
+    c = Config.of(config, fp8)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    graph, state = abstract_model(c, mesh)
+    target = nnx.to_pure_dict(state)
+    tokens = np.arange(prompt, dtype=np.int32)[None] % c.vocab
+    rest = (tokens, np.array([prompt], np.int32), np.float32(0), np.zeros(2, np.int32))
+
+    def compiled() -> tuple[Any, Any, float]:
+        begin = time.monotonic()
+        caches = make_caches(c.layers, mesh, pk.KVFormat(), 1, prompt + 64, c.kv_heads, c.head_dim)
+        step = serve_llama.step.lower(nnx.merge(graph, state), caches, *rest).compile()
+        return step, caches, time.monotonic() - begin
+
+    if loader == "naive":
+        import orbax.checkpoint as ocp
+
+        done("build")
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = jax.block_until_ready(checkpointer.restore(folder, target))
+        done("load")
+        step, caches, _ = compiled()
+        done("compile")
+    else:
+        import jaxgds
+
+        done("build")
+        tree, (step, caches, compiling) = jaxgds.load_and_compile(folder, target, compiled)
+        done("load_and_compile")
+        report = jaxgds.last_report()
+        assert report is not None and not report.fallbacks, report
+        seconds |= {"load": report.seconds, "compile": compiling}
+    nnx.replace_by_pure_dict(state, tree)
+    token, _ = step(nnx.merge(graph, state), caches, *rest)
+    token = int(token[0])
+    done("prefill")
+    found = {
+        "seconds": seconds,
+        "total": last - started,
+        "token": token,
+        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(tree)),
+        "device": jax.devices()[0].device_kind,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
