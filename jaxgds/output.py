@@ -104,9 +104,7 @@ class Writer:
 
 
 def check_space(folder: str, nbytes: int) -> None:
-    """Raises OSError if the file system that `folder` is, or will be, on has less free space."""
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
+    """Raises OSError if the file system of `folder` has less free space."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OSError(

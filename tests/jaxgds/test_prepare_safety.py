@@ -197,7 +197,7 @@ REFUSED = {
     "below a tensor": ({"a.b": np.zeros(3), "a": np.zeros(2)}, "'a.b' would lie below it"),
     "names of scales": (
         {"w": np.zeros((2, 2), np.float32), "w_scale": np.zeros(2, np.float32)},
-        "name that another one's scales would get",
+        "would have the name 'w_scale'",
     ),
 }
 
