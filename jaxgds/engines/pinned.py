@@ -11,7 +11,7 @@ from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.posix import DirectFile, direct_files
-from jaxgds.engines.ring import Lane, Ring, Slot, near
+from jaxgds.engines.ring import COPIERS_PER_GPU, Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
@@ -70,6 +70,8 @@ class _Restore:
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
         self._work: dict[int, Iterator[Read]] = {}
         self._planned = threading.Event()
+        self._compressed = False
+        self._pinned: list[Lane] = []
         self._unpinned: list[Exception] = []
 
     def run(self, plan: Callable[[], Sequence[Read]]) -> str:
@@ -77,31 +79,40 @@ class _Restore:
 
         def share_out() -> None:
             try:
-                self._work = by_device(plan(), self._ordinals)
+                reads = plan()
+                self._compressed = any(read.codec != "raw" for read in reads)
+                self._work = by_device(reads, self._ordinals)
             finally:
                 self._planned.set()
 
         # The first restore of a process pins its lanes, which takes longer than to plan.
-        lanes = self._ring.lanes(sorted(set(self._ordinals)))
-        targets = [functools.partial(self._lane, lane, ordinal) for lane, ordinal in lanes]
+        gpus = sorted(set(self._ordinals))
+        lanes = self._ring.lanes(gpus)
+        targets = [
+            functools.partial(self._lane, lane, ordinal, i >= COPIERS_PER_GPU * len(gpus))
+            for i, (lane, ordinal) in enumerate(lanes)
+        ]
         run_threads(targets, meanwhile=share_out)
         if not self._unpinned:
             return ""
-        if len(self._unpinned) == len(lanes):
+        if not self._pinned:
             raise MemoryError(f"no host memory can be pinned: {self._unpinned[0]}")
-        left = len(lanes) - len(self._unpinned)
-        return f"{left} of {len(lanes)} readers: no more memory to pin: {self._unpinned[0]}"
+        left, count = len(self._pinned), len(self._pinned) + len(self._unpinned)
+        return f"{left} of {count} readers: no more memory to pin: {self._unpinned[0]}"
 
-    def _lane(self, lane: Lane, home: int, stop: threading.Event) -> None:
+    def _lane(self, lane: Lane, home: int, decodes_only: bool, stop: threading.Event) -> None:
+        if decodes_only:
+            self._wait(stop)
+            if not self._compressed:
+                return
         near(home)
         try:
             lane.open(home)
         except (cuda.CudaError, OSError) as e:
             self._unpinned.append(e)  # the other lanes do its work
             return
-        while not self._planned.wait(0.1):
-            if stop.is_set():
-                return
+        self._pinned.append(lane)
+        self._wait(stop)
         try:
             for read in self._todo(home):
                 if stop.is_set():
@@ -109,6 +120,11 @@ class _Restore:
                 self._carry_out(read, lane)
         finally:
             lane.drain()
+
+    def _wait(self, stop: threading.Event) -> None:
+        """Returns when the plan is made; it is empty if that failed."""
+        while not (self._planned.wait(0.1) or stop.is_set()):
+            pass
 
     def _todo(self, home: int) -> Iterator[Read]:
         """The reads for GPU `home`, then what the other GPUs' lanes have not begun."""
