@@ -28,7 +28,7 @@ import jaxgds
 import jaxgds.orbax
 import pallas_kernels as pk
 from examples import download, fp8, llama, perplexity, restore, smollm2
-from jaxgds import check, prepare, rules
+from jaxgds import check, jobs, prepare, rules
 
 
 K4V4 = pk.KVFormat(key_bits=4, value_bits=4)
@@ -183,7 +183,7 @@ def make(home: Path) -> None:
     config = llama.Config(**json.loads((home / "config.json").read_text()))
     _, target = llama.abstract_model(config, Mesh(jax.devices(), ("model",)))
     mesh = rules.Mesh({"model": jax.device_count()})
-    methods: dict[str, prepare.Method | None] = {"raw": None, "fp8": "fp8"}
+    methods: dict[str, jobs.Method | None] = {"raw": None, "fp8": "fp8"}
     for name, method in methods.items():
         path = home / CHECKPOINTS[name]
         shutil.rmtree(path, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgds import models
-from jaxgds.prepare import make_jobs
+from jaxgds.jobs import make_jobs
 from jaxgds.prepared import Array
 from jaxgds.rules import Mesh, Rules, shipped
 from jaxgds.sources import Model, Tensor, tree_keys

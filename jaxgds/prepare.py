@@ -26,22 +26,19 @@ import itertools
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 
 from jaxgds import ocdbt, prepared, quantize, sources
 from jaxgds.index import value_key
+from jaxgds.jobs import Job, Method, make_jobs
 from jaxgds.output import Writer, check_space, temporary, write_file
-from jaxgds.prepared import Array
 from jaxgds.progress import Arrived, shown
 from jaxgds.quantize import Rows
-from jaxgds.rules import Mesh, Rule, Rules, fitted, has_rules, shipped
+from jaxgds.rules import Mesh, Rule, Rules, has_rules, shipped
 from jaxgds.scatter import Box, slabs
 from jaxgds.sources import Model, Tensor
 
@@ -49,24 +46,6 @@ from jaxgds.sources import Model, Tensor
 DESCRIPTION = "jaxgds.json"
 BLOCK_BYTES = 16 << 20  # read, converted and written at a time
 _SLACK = 64 << 20  # free space asked for beyond the data
-
-
-type Method = Literal["fp8"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What becomes of one tensor of the source.
-
-    Attributes:
-      scale: of a quantised tensor, the array of its scales.
-      contract: the dimension over which a scale is shared.
-    """
-
-    tensor: Tensor
-    array: Array
-    scale: Array | None = None
-    contract: int = 0
 
 
 def prepare(
@@ -159,72 +138,6 @@ def prepare(
         "aligned_share": aligned / (aligned + inline),
         "left_out": dict(model.left_out),
     }
-
-
-def make_jobs(
-    model: Model, rules: Rules, mesh: Mesh, method: Method | None, dtype: Any = None
-) -> list[Job]:
-    """What becomes of each tensor. Raises ValueError if rules, mesh and tensors do not fit."""
-    to = _float_dtype(dtype) if dtype is not None else None
-    jobs = []
-    for tensor in model.tensors:
-        name = tensor.name.removesuffix(".value")  # of an nnx.Variable
-        rule = Rule((), ())  # a scalar needs none: it cannot be split
-        if tensor.shape:
-            rule = fitted(rules.of(name), tensor.name, tensor.shape, mesh)
-        array = Array(
-            tensor.keys,
-            tensor.value_type,
-            tensor.shape,
-            tensor.dtype,
-            rule.spec,
-            mesh.parts(rule.spec),
-        )
-        if not _is_wide_float(tensor.dtype) or tensor.value_type == "scalar":
-            jobs.append(Job(tensor, array))
-        elif method == "fp8" and rule.contract is not None:
-            jobs.append(_quantised(tensor, array, rule.contract))
-        else:
-            jobs.append(Job(tensor, replace(array, dtype=to or tensor.dtype)))
-    names = [a.name for job in jobs for a in (job.array, job.scale) if a is not None]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(
-            f"{model.path}: several arrays, or scales, would have the name {twice[0]!r}"
-        )
-    return jobs
-
-
-def _float_dtype(dtype: Any) -> np.dtype:
-    try:
-        made = np.dtype(dtype)
-    except TypeError as e:
-        raise ValueError(f"{dtype=} is no data type") from e
-    if not _is_wide_float(made):
-        raise ValueError(f"{dtype=}: expected a floating-point type of 2 bytes or more")
-    return made
-
-
-def _is_wide_float(dtype: np.dtype) -> bool:
-    """Whether it is a floating-point number that takes more than a byte."""
-    return dtype.itemsize > 1 and jax.dtypes.issubdtype(dtype, np.floating)
-
-
-def _quantised(tensor: Tensor, array: Array, contract: int) -> Job:
-    def without[T](items: Sequence[T], other: T) -> tuple[T, ...]:
-        return (*items[:contract], other, *items[contract + 1 :])
-
-    # Beside `weight` lies `weight_scale`; an nnx.Variable's own last key is `value`.
-    last = len(array.keys) - 1 - (len(array.keys) > 1 and array.keys[-1][0] == "value")
-    key, kind = array.keys[last]
-    scale = Array(
-        (*array.keys[:last], (f"{key}_scale", kind), *array.keys[last + 1 :]),
-        array.value_type,
-        without(array.shape, 1),
-        np.dtype(np.float32),
-        without(array.spec, ()),
-        without(array.parts, 1),
-    )
-    return Job(tensor, replace(array, dtype=quantize.FP8), scale, contract)
 
 
 def _convert(

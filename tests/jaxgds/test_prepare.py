@@ -290,7 +290,13 @@ def test_config_and_tokenizer_come_along(source, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_preparing_what_is_quantised_leaves_it(source, tmp_path):
-    prepare(source, tmp_path / "fp8", mesh=Mesh({"tp": 1}), method="fp8")
-    with pytest.raises(ValueError, match="no rule is for the parameter .*_scale"):
-        prepare(tmp_path / "fp8", tmp_path / "out", mesh=Mesh({"tp": 8}))
+def test_what_is_quantised_already_is_sharded_anew(source, tmp_path):
+    prepare(source, tmp_path / "one", mesh=Mesh({"tp": 1}), method="fp8")
+    prepare(source, tmp_path / "eight", mesh=Mesh({"tp": 8}), method="fp8")
+    done = prepare(tmp_path / "one", tmp_path / "again", mesh=Mesh({"tp": 8}), method="fp8")
+    assert done["quantised"] == 0
+    assert check(tmp_path / "again")["problems"] == []
+    restored = [flat(restore_v0(tmp_path / name)) for name in ("again", "eight")]
+    for name, x in restored[1].items():
+        assert restored[0][name].sharding == x.sharding, name
+        assert oracle.raw(restored[0][name]) == oracle.raw(x), name
