@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     coldstart.add_argument("--model", default="llama-3.1-8b", help="as for plan")
     coldstart.add_argument("--layers", type=int, help="fewer of them than the model has")
     coldstart.add_argument("--weights", default="bf16", choices=("bf16", "fp8"))
+    coldstart.add_argument("--devices", type=int, default=1, help="the model is split over")
     coldstart.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     coldstart.add_argument("--repeat", type=int, default=1, help="processes for each case")
     coldstart.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
@@ -403,6 +404,7 @@ def _bench_coldstart(args: argparse.Namespace) -> int:
         args.dir,
         config,
         args.weights,
+        devices=args.devices,
         prompt=args.prompt,
         repeat=args.repeat,
         report=lambda text: print(text, file=sys.stderr, flush=True),

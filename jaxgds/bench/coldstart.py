@@ -44,6 +44,7 @@ def run(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
     weights: Weights = "bf16",
+    devices: int = 1,
     prompt: int = 256,
     repeat: int = 1,
     report=print,
@@ -52,6 +53,7 @@ def run(
 
     Args:
       config: config.json of a model that examples/serve_llama.py serves.
+      devices: over how many the model is split.
       prompt: tokens of the prompt, read at once.
       repeat: processes for each case; the one with the median total is reported.
 
@@ -72,10 +74,10 @@ def run(
     folder = Path(folder).absolute()
     layers = models.kv_shape(config)[0]
     size = sum(math.prod(shape) for shape in models.parameters(config).values())
-    path = folder / f"coldstart-{weights}-{layers}x{size}"
+    path = folder / f"coldstart-{weights}-{layers}x{size}-tp{devices}"
     if not path.exists():
         report(f"checkpoint {path}: {size / 1e9:.2f} billion random parameters in {weights}")
-        make(path, config, weights)
+        make(path, config, weights, devices)
     results = []
     with tempfile.TemporaryDirectory(prefix="jaxgds-compiled-") as cache:
         for name, (loader, state) in CASES.items():
@@ -85,7 +87,8 @@ def run(
                 if state == "cold":
                     shutil.rmtree(cache)
                     os.mkdir(cache)
-                runs.append(_measure(loader, path, cache if state else "", prompt, root))
+                where = cache if state else ""
+                runs.append(_measure(loader, path, where, devices, prompt, root))
                 report(f"  {runs[-1]}")
             results.append({"name": name, **_median(runs)})
     tokens = {row["token"] for row in results if "token" in row}
@@ -93,6 +96,7 @@ def run(
         raise ArithmeticError(f"the cases disagree on the first token: {sorted(tokens)}")
     return {
         "weights": weights,
+        "devices": devices,
         "layers": layers,
         "parameters": size,
         "prompt": prompt,
@@ -101,8 +105,8 @@ def run(
     }
 
 
-def make(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
-    """Prepares a checkpoint of random numbers for one device, without a source on disk."""
+def make(path: Path, config: Mapping[str, Any], weights: Weights, devices: int = 1) -> None:
+    """Prepares a checkpoint of random numbers for so many devices, without a source on disk."""
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(1 << 23, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
 
@@ -119,13 +123,18 @@ def make(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
     configs = {"config.json": json.dumps(config).encode()}
     model = Model("random", "random numbers", tensors, {}, config, configs, {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    prepare(model, path, mesh=Mesh({"tp": 1}), method="fp8" if weights == "fp8" else None)
+    prepare(model, path, mesh=Mesh({"tp": devices}), method="fp8" if weights == "fp8" else None)
 
 
-def _measure(loader: str, path: Path, cache: str, prompt: int, root: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "jaxgds.bench.coldstart_run", loader, str(path), cache]
+def _measure(
+    loader: str, path: Path, cache: str, devices: int, prompt: int, root: Path
+) -> dict[str, Any]:
+    options = [loader, path, cache, devices, prompt, time.monotonic()]
     done = subprocess.run(
-        [*command, str(prompt), str(time.monotonic())], capture_output=True, text=True, cwd=root
+        [sys.executable, "-m", "jaxgds.bench.coldstart_run", *map(str, options)],
+        capture_output=True,
+        text=True,
+        cwd=root,
     )
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
@@ -153,8 +162,8 @@ def table(found: Mapping[str, Any]) -> str:
         cells = [f"{row['seconds'][p]:.2f}" if p in row["seconds"] else "" for p in PARTS]
         rows.append((row["name"], *cells, f"{row['total']:.2f}", f"{row['after_init']:.2f}"))
     lines = [
-        f"{device}, {found['cores']} cores: {found['layers']} layers, {gigabytes:.2f} GB of weights"
-        f" in {found['weights']}, a prompt of {found['prompt']} tokens",
+        f"{found['devices']} x {device}, {found['cores']} cores: {found['layers']} layers, "
+        f"{gigabytes:.2f} GB of weights in {found['weights']}, a prompt of {found['prompt']} tokens",
         *columns(rows),
         "both: from when loading and compiling began together until both were done",
     ]

@@ -1,6 +1,6 @@
 """One cold start in a fresh process: prints when each part of it was done, as one JSON line.
 
-`python -m jaxgds.bench.coldstart_run LOADER CHECKPOINT CACHE PROMPT STARTED`; CACHE is the
+`python -m jaxgds.bench.coldstart_run LOADER CHECKPOINT CACHE DEVICES PROMPT STARTED`; CACHE is the
 directory of JAX's persistent compilation cache ("" for none), PROMPT a number of tokens, STARTED
 the monotonic clock when the process was started. The model is that of examples/serve_llama.py.
 """
@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 
-def main(loader: str, path: str, cache: str, prompt: int, started: float) -> None:
+def main(loader: str, path: str, cache: str, devices: int, prompt: int, started: float) -> None:
     seconds: dict[str, float] = {}
     last = started
 
@@ -39,14 +39,14 @@ def main(loader: str, path: str, cache: str, prompt: int, started: float) -> Non
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.device_put(np.zeros(8), jax.devices()[0]).block_until_ready()
+    jax.block_until_ready([jax.device_put(np.zeros(8), d) for d in jax.devices()[:devices]])
     done("jax_init")
 
     folder = Path(path)
     config = json.loads((folder / "config.json").read_text())
     fp8 = json.loads((folder / "jaxgds.json").read_text())["quantize"] == "fp8"
     c = Config.of(config, fp8)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
     graph, state = abstract_model(c, mesh)
     target = nnx.to_pure_dict(state)
     tokens = np.arange(prompt, dtype=np.int32)[None] % c.vocab
@@ -91,4 +91,5 @@ def main(loader: str, path: str, cache: str, prompt: int, started: float) -> Non
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
+    kind, folder, compiled_in = sys.argv[1:4]
+    main(kind, folder, compiled_in, int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6]))

@@ -16,7 +16,7 @@ TINY = {
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 2,
     "head_dim": 64,
     "vocab_size": 96,
     "rms_norm_eps": 1e-5,
@@ -29,7 +29,18 @@ def test_every_case_reaches_the_same_token(tmp_path):
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     done = subprocess.run(
         [sys.executable, "-m", "jaxgds", "bench", "coldstart", "--model", str(tmp_path)]
-        + ["--layers", "1", "--weights", "fp8", "--prompt", "6", "--dir", str(tmp_path / "bench")]
+        + [
+            "--layers",
+            "1",
+            "--weights",
+            "fp8",
+            "--prompt",
+            "6",
+            "--devices",
+            "2",
+            "--dir",
+            str(tmp_path / "bench"),
+        ]
         + ["--json", str(out), "--plot", str(picture)],
         cwd=ROOT,
         capture_output=True,
@@ -37,7 +48,7 @@ def test_every_case_reaches_the_same_token(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert found["layers"] == 1 and found["weights"] == "fp8"
+    assert found["layers"] == 1 and found["weights"] == "fp8" and found["devices"] == 2
     assert [row["name"] for row in found["results"]] == list(coldstart.CASES)
     assert len({row["token"] for row in found["results"]}) == 1
     for row in found["results"]:
@@ -57,10 +68,10 @@ def test_failures_are_rows(tmp_path):
     coldstart.make(path, TINY, "bf16")
     for file in path.glob("d/rank*"):
         file.unlink()
-    found = coldstart._measure("jaxgds", path, "", 4, ROOT)
+    found = coldstart._measure("jaxgds", path, "", 1, 4, ROOT)
     assert "rank00000" in found["error"]
     text = coldstart.table(
-        {"layers": 1, "cores": 1, "weights": "bf16", "prompt": 4}
+        {"layers": 1, "devices": 1, "cores": 1, "weights": "bf16", "prompt": 4}
         | {"results": [{"name": "jaxgds, cache cold", **found}]}
     )
     assert "jaxgds, cache cold: " in text and "rank00000" in text
