@@ -163,7 +163,7 @@ def table(found: Mapping[str, Any]) -> str:
         rows.append((row["name"], *cells, f"{row['total']:.2f}", f"{row['after_init']:.2f}"))
     lines = [
         f"{found['devices']} x {device}, {found['cores']} cores: {found['layers']} layers, "
-        f"{gigabytes:.2f} GB of weights in {found['weights']}, a prompt of {found['prompt']} tokens",
+        f"{gigabytes:.2f} GB of weights in {found['weights']}, {found['prompt']} tokens of prompt",
         *columns(rows),
         "both: from when loading and compiling began together until both were done",
     ]
