@@ -71,8 +71,10 @@ def decode_manifest(encoded: bytes, limit: int) -> tuple[int, Reference] | None:
         raise DamagedError("a manifest of the numbered kind, which is not read")
     reader.numbers(2)  # limits that hold for writers
     arity = reader.byte()
-    if reader.number() == 1:
-        reader.take(4)  # the compression level
+    compression = reader.number()
+    level = int.from_bytes(reader.take(4), "little", signed=True) if compression == 1 else 0
+    if compression > 1 or not -(1 << 17) <= level <= 22:
+        raise DamagedError(f"{compression=}, {level=}")
     files = reader.files(b"")
     count = reader.number()
     if not 1 <= arity <= 16 or not 1 <= count <= 1 << arity:
@@ -82,7 +84,10 @@ def decode_manifest(encoded: bytes, limit: int) -> tuple[int, Reference] | None:
         raise DamagedError(f"versions out of order: {generations[:8]}")
     heights = reader.take(count)
     roots = reader.references(count, files, may_lack=True)
-    reader.numbers(3 * count)  # statistics
+    statistics = reader.numbers(3 * count).reshape(3, count).T
+    for root, height, numbers in zip(roots, heights, statistics, strict=True):
+        if root is None and (height or numbers.any()):
+            raise DamagedError("a version that is empty and is not")
     reader.take(8 * count)  # times
     count = reader.number()  # of nodes that list older versions
     if count > 64:
@@ -205,7 +210,7 @@ class _Reader:
 
     def lengths(self, count: int) -> np.ndarray:
         """Of front-coded strings: [count, 2], bytes shared with the one before, and bytes more."""
-        prefixes = np.concatenate(([0], self.numbers(count - 1))).astype(np.uint64)
+        prefixes = np.concatenate((np.zeros(1, np.uint64), self.numbers(count - 1)))
         suffixes = self.numbers(count)
         both = np.stack([prefixes, suffixes], axis=1)
         if (both > MAX_LENGTH).any() or (both.sum(axis=1) > MAX_LENGTH).any():

@@ -258,8 +258,10 @@ def test_a_shard_with_more_chunks_than_bytes(saved):
     path = saved((False, True), False)
 
     def edit(meta: dict) -> None:
-        sharding = {"chunk_shape": [1], "codecs": [{"name": "bytes"}], "index_codecs": None}
-        sharding["index_codecs"] = [{"name": "bytes"}, {"name": "crc32c"}]
+        sharding = {"chunk_shape": [1]}
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding["index_codecs"] = [little, {"name": "crc32c"}]
+        sharding["codecs"] = [little]
         meta["codecs"] = [{"name": "sharding_indexed", "configuration": sharding}]
         meta["chunk_grid"]["configuration"]["chunk_shape"] = [1 << 50]
 
