@@ -2,6 +2,10 @@
 
     weight ~ quantised * scale,    scale = max |weight| of the channel / 448
 
+Beside `weight` lies `weight_scale`, of size 1 in the dimension that is summed over, so that the
+product above broadcasts; compressed-tensors, the format of many FP8 models on Hugging Face, has the
+same names and shapes.
+
 Plain numpy, on a part of a tensor at a time. On float32 input the quantised numbers were those of
 Qwix 0.1.8 (`qarray.quantize`, e4m3fn, channel-wise), and the scales the same within one unit in
 the last place. Qwix itself does not fit here: it takes whole `jax.Array`s, so a tensor would have

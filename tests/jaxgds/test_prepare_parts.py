@@ -3,23 +3,24 @@
 import itertools
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgds import prepared, quantize
+from jaxgds import prepare, prepared, quantize
 from jaxgds.errors import CheckpointError
-from jaxgds.index import Extent, StoredArray
+from jaxgds.index import Extent, StoredArray, open_index
 from jaxgds.output import Writer
 from jaxgds.prepared import Array
-from jaxgds.rules import Mesh
+from jaxgds.rules import Mesh, Rule, Rules
 from jaxgds.scatter import slabs
-from jaxgds.sources import read_box
+from jaxgds.sources import Model, Tensor, read_box
 from jaxgds.zarr import Layout
 
 
@@ -145,6 +146,29 @@ def test_places_do_not_overlap(cases, pages):
         ends = [e.offset + prepared.padded(e.nbytes) for e in inside]
         assert [e.offset for e in inside] == [0, *ends[:-1]]
         assert len(inside) == 1 or inside[-1].offset + inside[-1].nbytes <= pages * 4096
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    st.data(),
+    st.sampled_from((2, 64, 1 << 20)),
+)
+def test_fp8_in_blocks_is_fp8_of_the_whole(shape, data, block):
+    """Whatever the dimension that scales are shared along, and however the blocks cut it."""
+    contract = data.draw(st.integers(0, len(shape) - 1))
+    x = np.random.default_rng(0).normal(size=shape).astype(ml_dtypes.bfloat16)
+    tensor = Tensor((("w", 2),), x.shape, x.dtype, lambda box: x[tuple(slice(*r) for r in box)])
+    model = Model("test", "nowhere", (tensor,), {}, None, {}, {})
+    rules = Rules("test", (Rule(("w",), (), contract),))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare, "BLOCK_BYTES", block):
+        out = Path(folder, "out")
+        prepare.prepare(model, out, mesh=Mesh({"tp": 1}), rules=rules, method="fp8")
+        index = open_index(out)
+        for name, expected in zip(("w", "w_scale"), quantize.quantize(x, contract), strict=True):
+            found = read_box(index.array(name))(tuple((0, n) for n in expected.shape))
+            assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+            assert found.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("contract", [0, 1])
