@@ -72,6 +72,7 @@ def restore(
     Raises:
       CheckpointError: a file is missing, truncated or damaged. Nothing is returned then.
       MemoryError: a device has too little free memory. Nothing was read then.
+      TimeoutError: a file system does not answer.
       ValueError: a sharding does not fit its array's shape.
     """
     platforms = [_platform(w.sharding) for w in wanted]
@@ -186,7 +187,7 @@ def restore_to_host(
     _log_plan(plan)
     planned = time.perf_counter()
     engine = HostEngine()
-    buffers = [Buffer(a.ctypes.data, a.nbytes, None) for a in made]
+    buffers = [Buffer(lambda a=a: a.ctypes.data, a.nbytes, None) for a in made]
     with shown(sum(b.nbytes for b in buffers)) as arrived:
         engine.read(lambda: plan.reads, buffers, arrived)
     end = time.perf_counter()

@@ -19,16 +19,20 @@ ENGINES = ("gds", "pinned", "host")
 class Buffer:
     """Memory that XLA owns and nobody else reads or writes until the reads are done.
 
+    It lives as long as its Buffer, which a thread that hangs in a read may hold for long.
+
     Args:
-      pointer: its address, or a function that waits until it is allocated and returns that.
+      pointer: a function that waits until it is allocated, returns its address, and keeps it
+        alive; or the address of memory that is never freed.
       nbytes: its size.
       device: the device it is on.
     """
 
-    __slots__ = ("_pointer", "device", "nbytes")
+    __slots__ = ("_owner", "_pointer", "device", "nbytes")
 
     def __init__(self, pointer: int | Callable[[], int], nbytes: int, device: jax.Device):
         self._pointer, self.nbytes, self.device = pointer, nbytes, device
+        self._owner = pointer
 
     @property
     def pointer(self) -> int:

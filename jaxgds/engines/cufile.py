@@ -10,6 +10,7 @@ from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import truncated
 from jaxgds.engines.posix import BLOCK, unreadable
+from jaxgds.engines.workers import reading
 from jaxgds.index import Extent
 
 
@@ -76,7 +77,8 @@ class File:
 
     def read(self, offset: int, nbytes: int, pointer: int) -> None:
         try:
-            n = self._file.raw_read(Memory(pointer, nbytes), nbytes, offset, 0)
+            with reading(self._path, self._array):
+                n = self._file.raw_read(Memory(pointer, nbytes), nbytes, offset, 0)
         except (RuntimeError, OSError) as e:
             raise CuFileError(
                 f"{self._path}: array {self._array!r}: cuFile cannot read "

@@ -20,9 +20,10 @@ from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.gds_proof import direct_reads, start_counting
 from jaxgds.engines.gds_proof import missing as missing
 from jaxgds.engines.host import direct, truncated
-from jaxgds.engines.pinned import PinnedEngine, copy_pieces, ordinal_of, run_threads
+from jaxgds.engines.pinned import PinnedEngine, copy_pieces, ordinal_of
 from jaxgds.engines.posix import BLOCK
 from jaxgds.engines.ring import near
+from jaxgds.engines.workers import reading, run_threads
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
@@ -177,7 +178,8 @@ def _carry_out(
     source = read.source
     assert isinstance(source, Extent)
     (segment,) = read.segments
-    file = files.open(source.file, read.array)
+    with reading(source.file, read.array):
+        file = files.open(source.file, read.array)
     if source.offset + source.nbytes > file.nbytes:
         raise truncated(source, read.array, source.offset + source.nbytes - file.nbytes)
     whole = direct(segment)

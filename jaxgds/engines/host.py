@@ -3,8 +3,8 @@
 import ctypes
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy as np
 import zstandard
 
 from jaxgds.engines.files import OpenFiles
+from jaxgds.engines.workers import reading, run_threads
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Source
 from jaxgds.plan import Read
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MAX_THREADS = 16
 # Compressed bytes are fetched in steps of this size while they are decoded.
 FETCH = 1 << 20
+STEP = 4 << 20  # bytes that are read or decoded without a look at whether to stop
 
 
 class HostEngine:
@@ -49,20 +51,16 @@ class HostEngine:
 
 
 def run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
-    """Runs `tasks` on a pool; on the first failure drops the rest, joins, and raises it."""
-    if not tasks:
-        return
-    with ThreadPoolExecutor(min(threads, len(tasks)), "jaxgds") as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:  # Ctrl-C: leave no thread behind that writes into the buffers
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        failed = [f for f in done if f.exception() is not None]
-        if failed:
-            pool.shutdown(wait=True, cancel_futures=True)
-            failed[0].result()
+    """Runs `tasks` on threads; on the first failure drops the rest, joins, and raises it."""
+    todo = iter(tasks)
+
+    def work(stop: threading.Event) -> None:
+        for task in todo:
+            if stop.is_set():
+                return
+            task()
+
+    run_threads([work] * min(threads, len(tasks)))
 
 
 def plain_files() -> OpenFiles[io.FileIO]:
@@ -121,17 +119,21 @@ class _Range:
 
     def __init__(self, read: Read, files: OpenFiles[io.FileIO]):
         assert not isinstance(read.source, bytes)
-        self._fd = files.open(read.source.file, read.array).fileno()
+        self._what = read.source.file, read.array
+        with reading(*self._what):
+            self._fd = files.open(*self._what).fileno()
         self._at = read.source.offset
         self._stop = read.source.offset + read.source.nbytes
 
     def readinto(self, view: memoryview) -> int:
-        n = os.preadv(self._fd, [view[: self._stop - self._at]], self._at)
+        with reading(*self._what):
+            n = os.preadv(self._fd, [view[: self._stop - self._at]], self._at)
         self._at += n
         return n
 
     def read(self, size: int) -> bytes:
-        data = os.pread(self._fd, min(size, self._stop - self._at), self._at)
+        with reading(*self._what):
+            data = os.pread(self._fd, min(size, self._stop - self._at), self._at)
         self._at += len(data)
         return data
 
@@ -140,7 +142,7 @@ def fill(readinto: Callable[[memoryview], int], view: memoryview, read: Read) ->
     """Fills `view` with the next bytes of `read`; CheckpointError if there are too few."""
     done = 0
     while done < len(view):
-        n = readinto(view[done:])
+        n = readinto(view[done : done + STEP])
         if not n:
             raise truncated(read.source, read.array, len(view) - done)
         done += n

@@ -13,6 +13,7 @@ from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import COPIERS_PER_GPU, Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
+from jaxgds.engines.workers import reading, run_threads
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
@@ -92,7 +93,7 @@ class _Restore:
             functools.partial(self._lane, lane, ordinal, i >= COPIERS_PER_GPU * len(gpus))
             for i, (lane, ordinal) in enumerate(lanes)
         ]
-        run_threads(targets, meanwhile=share_out)
+        run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         if not self._unpinned:
             return ""
         if not self._pinned:
@@ -139,7 +140,8 @@ class _Restore:
             self._decode(read, lane)
             return
         (segment,) = read.segments
-        file = self._files.open(source.file, read.array)
+        with reading(source.file, read.array):
+            file = self._files.open(source.file, read.array)
         whole = direct(segment)
         if whole is None:
             assert segment.nbytes <= lane.slot_bytes  # see scatter.MAX_STAGED
@@ -213,47 +215,6 @@ def copy_pieces(
         dst = buffers[piece.destination].pointer
         for box in boxes(piece):
             cuda.copy_box(box, src, dst, stream, on_device=on_device)
-
-
-def run_threads(
-    targets: Sequence[Callable[[threading.Event], None]],
-    meanwhile: Callable[[], None] = lambda: None,
-) -> None:
-    """Runs each target on a thread; on the first failure tells all to stop, joins, and raises it.
-
-    Args:
-      targets: each takes the event that tells it to stop.
-      meanwhile: runs on the calling thread.
-    """
-    begin, stop = threading.Event(), threading.Event()
-    failed: list[BaseException] = []
-
-    def run(target: Callable[[threading.Event], None]) -> None:
-        begin.wait()
-        try:
-            if not stop.is_set():
-                target(stop)
-        except BaseException as e:
-            failed.append(e)
-            stop.set()
-
-    threads = [threading.Thread(target=run, args=(t,), name="jaxgds") for t in targets]
-    try:
-        for thread in threads:
-            thread.start()
-        begin.set()  # not earlier: the kernel makes no thread while another one pins memory
-        meanwhile()
-        for thread in threads:
-            thread.join()
-    except BaseException:  # Ctrl-C: leave no thread behind that writes into the buffers
-        stop.set()
-        begin.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-        raise
-    if failed:
-        raise failed[0]
 
 
 def ordinal_of(buffer: "Buffer") -> int:

@@ -6,6 +6,7 @@ import threading
 
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import truncated
+from jaxgds.engines.workers import reading
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent
 
@@ -59,12 +60,13 @@ class DirectFile:
         """
         # The data lies in memory as it lies in its pages: copying is a third slower otherwise.
         at = offset % BLOCK
-        try:
-            if os.preadv(self._fd, (view[at : at + nbytes],), offset, self._flags) == nbytes:
-                return at
-        except OSError:
-            pass
-        return self._read_slowly(offset, nbytes, view, array)
+        with reading(self._path, array):
+            try:
+                if os.preadv(self._fd, (view[at : at + nbytes],), offset, self._flags) == nbytes:
+                    return at
+            except OSError:
+                pass
+            return self._read_slowly(offset, nbytes, view, array)
 
     def _read_slowly(self, offset: int, nbytes: int, view: memoryview, array: str) -> int:
         """As `read`, where that was no single full read from the page cache."""

@@ -166,6 +166,11 @@ class Ring:
             self._lanes.append(Lane(self._slots, self.slot_bytes, self._streams))
         return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(self._lanes[:count])]
 
+    def abandon(self) -> None:
+        """Gives up all lanes: a thread that hangs may still write into one."""
+        self._lanes.clear()
+        self._streams = Streams()
+
     def close(self) -> None:
         for lane in self._lanes:
             lane.close()

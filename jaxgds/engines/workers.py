@@ -1,0 +1,136 @@
+"""The threads that read: stopped by the first failure or by Ctrl-C, and not waited for forever.
+
+A system call that hangs, as on a network file system whose server is gone, cannot be ended from
+here. So its thread is left behind: what it may still write into is kept alive by the thread's
+own references (see `Buffer`), and used for nothing else.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+DEFAULT_TIMEOUT = 300.0  # seconds
+MAX_TIMEOUT = 1e6
+INTERRUPTED = 0.5  # seconds that Ctrl-C waits for threads
+
+type Target = Callable[[threading.Event], None]
+
+
+class _Stopped(Exception):
+    """In a thread that was told to stop."""
+
+
+class _Own(threading.local):
+    stop: threading.Event | None = None
+
+
+_own = _Own()
+_reads: dict[int, tuple[float, str, str]] = {}  # thread -> since when it reads which file and array
+
+
+@contextmanager
+def reading(file: str, array: str) -> Iterator[None]:
+    """Around a system call on a file: says what a thread waits for, ends one told to stop."""
+    if _own.stop is not None and _own.stop.is_set():
+        raise _Stopped
+    thread = threading.get_ident()
+    _reads[thread] = time.monotonic(), file, array
+    try:
+        yield
+    finally:
+        _reads.pop(thread, None)
+
+
+def read_timeout() -> float:
+    """Seconds after which a single read is given up: JAXGDS_READ_TIMEOUT; 0 means never.
+
+    Raises:
+      ValueError: the environment variable is no such number.
+    """
+    text = os.environ.get("JAXGDS_READ_TIMEOUT") or str(DEFAULT_TIMEOUT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_TIMEOUT:
+        raise ValueError(f"JAXGDS_READ_TIMEOUT={text!r}: expected seconds, 0 for no limit")
+    return seconds
+
+
+def run_threads(
+    targets: Sequence[Target],
+    meanwhile: Callable[[], None] = lambda: None,
+    left_behind: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs each target on a thread; on the first failure tells all to stop, joins, and raises it.
+
+    Args:
+      targets: each takes the event that tells it to stop.
+      meanwhile: runs on the calling thread.
+      left_behind: is called if an error is raised while threads still hang in a read.
+
+    Raises:
+      TimeoutError: all threads that still run have waited too long for a read.
+    """
+    timeout = read_timeout()
+    begin, stop = threading.Event(), threading.Event()
+    failed: list[BaseException] = []
+
+    def run(target: Target) -> None:
+        begin.wait()
+        _own.stop = stop
+        try:
+            if not stop.is_set():
+                target(stop)
+        except _Stopped:
+            pass
+        except BaseException as e:
+            failed.append(e)
+            stop.set()
+
+    # Daemons, for one that hangs must not keep the process from ending.
+    threads = [threading.Thread(target=run, args=(t,), name="jaxgds", daemon=True) for t in targets]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+        begin.set()  # not earlier: the kernel makes no thread while another one pins memory
+        meanwhile()
+        _join(started, stop, timeout)
+    except BaseException as e:
+        stop.set()
+        begin.set()
+        try:
+            if isinstance(e, Exception):
+                _join(started, stop, timeout)
+            else:  # Ctrl-C
+                end = time.monotonic() + INTERRUPTED
+                for thread in started:
+                    thread.join(max(0, end - time.monotonic()))
+        finally:
+            if any(thread.is_alive() for thread in started):
+                left_behind()
+        raise
+    if failed:
+        raise failed[0]
+
+
+def _join(threads: Sequence[threading.Thread], stop: threading.Event, timeout: float) -> None:
+    """Waits until all have ended; TimeoutError once those that have not all hang in a read."""
+    while alive := [thread for thread in threads if thread.is_alive()]:
+        alive[0].join(min(1.0, timeout / 4) if timeout else None)
+        late = time.monotonic() - timeout
+        reads = [_reads.get(thread.ident or 0) for thread in alive if thread.is_alive()]
+        hanging = [read for read in reads if read is not None and timeout and read[0] < late]
+        if hanging:
+            stop.set()
+            if len(hanging) == len(reads):
+                _, file, array = min(hanging)
+                raise TimeoutError(
+                    f"{file}: array {array!r}: a read made no progress for {timeout:g} seconds; the "
+                    " file system does not answer (JAXGDS_READ_TIMEOUT sets the limit)"
+                )
