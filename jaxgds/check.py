@@ -53,15 +53,15 @@ def check(
       source: where the source is now; None looks where it was.
 
     Returns:
-      problems: what is wrong, in words; and how much was looked at: arrays, chunks, bytes, sampled
-        (arrays compared with the source) and sampled_bytes.
+      problems: what is wrong, in words; and how much was looked at: arrays, chunks, bytes, and
+        sampled_bytes (compared with the source).
 
     Raises:
       CheckpointError: there is no prepared checkpoint, or no source; or its description, its index
         or the source is damaged.
     """
     destination = os.path.abspath(os.fspath(destination))
-    entries, recorded = _read_description(os.path.join(destination, DESCRIPTION))
+    entries, files, recorded = _read_description(os.path.join(destination, DESCRIPTION))
     source = source or recorded
     if not os.path.exists(source):
         raise CheckpointError(
@@ -88,11 +88,11 @@ def check(
             "bytes": nbytes,
             "sampled_bytes": sampled,
         }
-    return found | {"problems": problems}
+    return found | {"problems": [*_files(destination, files), *problems]}
 
 
-def _read_description(file: str) -> tuple[dict[str, _Entry], str]:
-    """The arrays of a prepared checkpoint, and the path of its source."""
+def _read_description(file: str) -> tuple[dict[str, _Entry], dict[str, str], str]:
+    """The arrays of a prepared checkpoint, the checksums of its small files, its source's path."""
     try:
         with open(file, "rb") as f:
             description = json.load(f)
@@ -110,11 +110,23 @@ def _read_description(file: str) -> tuple[dict[str, _Entry], str]:
             )
             for name, entry in description["arrays"].items()
         }
-        return entries, description["source"]["path"]
+        return entries, dict(description["files"]), description["source"]["path"]
     except OSError as e:
         raise CheckpointError(f"{file}: not a prepared checkpoint: {e}") from e
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file}: damaged: {e!r}") from e
+
+
+def _files(folder: str, checksums: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the files beside the data."""
+    for name, checksum in checksums.items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path, "rb") as f:
+                if xxhash.xxh3_128_hexdigest(f.read()) != checksum:
+                    yield f"{path} fails its checksum"
+        except OSError as e:
+            yield f"{path} cannot be read: {e}"
 
 
 def _structure(entries: Mapping[str, _Entry], index: Index, model: Model) -> Iterator[str]:

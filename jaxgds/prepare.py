@@ -31,6 +31,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from jaxgds import ocdbt, prepared, quantize, sources
 from jaxgds.index import value_key
@@ -111,14 +112,16 @@ def prepare(
         values = writer.finish()
         values |= {value_key(a.name, ".zarray"): prepared.zarray(a) for a in arrays}
         nodes, manifest = ocdbt.encode(values, prepared.NODE_FILE)
-        description = _describe(model, rules, mesh, method, jobs, writer.checksums)
         files = {
             **model.configs,
             **prepared.orbax_files(arrays, model.empty, mesh),
             prepared.NODE_FILE: nodes,
             "manifest.ocdbt": manifest,
-            DESCRIPTION: json.dumps(description, indent=1).encode(),
         }
+        description = _describe(model, rules, mesh, method, jobs, writer.checksums) | {
+            "files": {name: xxhash.xxh3_128_hexdigest(x) for name, x in sorted(files.items())}
+        }
+        files[DESCRIPTION] = json.dumps(description, indent=1).encode()
         for name, content in files.items():
             write_file(os.path.join(folder, name), content)
     inline = sum(a.chunk_nbytes for a in arrays for c in a.chunks() if a.key(c) not in places)
@@ -208,7 +211,7 @@ def _describe(
     jobs: Sequence[Job],
     checksums: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of `jaxgds.json`: where it all comes from, and a checksum for each chunk."""
+    """Of the content of `jaxgds.json`: where all comes from, and a checksum for each chunk."""
     arrays: dict[str, Any] = {}
     for job in jobs:
         for array in (job.array, job.scale):

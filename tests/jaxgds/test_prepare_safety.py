@@ -254,6 +254,27 @@ def test_check_finds_a_truncated_file(prepared):
     assert any("truncated" in p and str(file) in p for p in problems)
 
 
+def test_check_finds_damage_in_every_small_file(prepared):
+    files = [f for f in prepared.rglob("*") if f.is_file() and f.name != "jaxgds.json"]
+    small = [f for f in files if not f.name.startswith("rank")]
+    assert {"_METADATA", "_sharding", "config.json", "btree"} < {f.name for f in small}
+    for file in small:
+        content = file.read_bytes()
+        for damaged in (content[:-1], content[:-9] + b"?" + content[-8:]):
+            file.write_bytes(damaged)
+            try:
+                (problem, *_) = check(prepared)["problems"]
+            except CheckpointError as e:  # without it there is nothing to look at
+                assert file.name in ("manifest.ocdbt", "btree"), e
+            else:
+                assert str(file) in problem and "fails its checksum" in problem
+        file.unlink()
+        if file.name == "config.json":
+            assert "cannot be read" in check(prepared)["problems"][0]
+        file.write_bytes(content)
+    assert check(prepared)["problems"] == []
+
+
 @pytest.mark.parametrize("method", [None, "fp8"])
 def test_check_finds_that_the_source_has_changed(method, source, tmp_path):
     prepare(source, tmp_path / "out", mesh=TP2, method=method)
