@@ -131,6 +131,6 @@ def _join(threads: Sequence[threading.Thread], stop: threading.Event, timeout: f
             if len(hanging) == len(reads):
                 _, file, array = min(hanging)
                 raise TimeoutError(
-                    f"{file}: array {array!r}: a read made no progress for {timeout:g} seconds; the "
-                    " file system does not answer (JAXGDS_READ_TIMEOUT sets the limit)"
+                    f"{file}: array {array!r}: a read made no progress for {timeout:g} seconds; "
+                    "the file system does not answer (JAXGDS_READ_TIMEOUT sets the limit)"
                 )
