@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
@@ -67,6 +68,22 @@ class Linear(nnx.Module):
         w = self.weight[...].astype(x.dtype)
         y = jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
         return y * self.weight_scale[..., 0] if hasattr(self, "weight_scale") else y
+
+
+class Embedding(Linear):
+    """Split by vocabulary, so that it can be the head, too."""
+
+    def lookup(self, tokens: Int[Array, "batch new"], mesh: Mesh) -> Float[Array, "batch new dim"]:
+        """Each device looks up those of its rows; left to itself XLA would gather the table."""
+
+        def of_own_rows(table, tokens):
+            row = tokens - jax.lax.axis_index("tp") * len(table)
+            mine = (0 <= row) & (row < len(table))
+            return jax.lax.psum(jnp.where(mine[..., None], table[row], 0), "tp")
+
+        specs = (P("tp"), P())
+        lookup = jax.shard_map(of_own_rows, mesh=mesh, in_specs=specs, out_specs=P())
+        return lookup(self.weight[...], tokens)
 
 
 class Norm(nnx.Module):
@@ -143,7 +160,7 @@ def run_layer(layer: Layer, x: Array, cache: pk.KVCache, counts: Array):
 
 class Decoder(nnx.Module):
     def __init__(self, c: Config, mesh: Mesh):
-        self.embed_tokens = Linear(c.vocab, c.dim)
+        self.embed_tokens = Embedding(c.vocab, c.dim)
         self.layers = nnx.List([Layer(c, mesh) for _ in range(c.layers)])
         self.norm = Norm(c.dim, c.norm_eps)
 
@@ -162,7 +179,7 @@ class Llama(nnx.Module):
         counts: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch vocab"], list[pk.KVCache]]:
         """Logits after each sequence's last valid token, of `counts` new ones, and the caches."""
-        x, longer = self.model.embed_tokens.weight[...][tokens], []
+        x, longer = self.model.embed_tokens.lookup(tokens, self.mesh), []
         for layer, cache in zip(self.model.layers, caches, strict=True):
             x, cache = run_layer(layer, x, cache, counts)
             longer.append(cache)

@@ -1,7 +1,9 @@
 """The serving script on one and on eight devices, against a forward pass in numpy."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +113,17 @@ def test_weights_and_cache_are_split(folder, weights):
         assert x.ndim < 3 or x.sharding.shard_shape(x.shape)[1] == 1
     with pytest.raises(ValueError, match="3 KV heads"):
         make_caches(1, model.mesh, EXACT, 1, 300, 3, 64)
+
+
+def test_devices_exchange_activations_and_no_weights(folder, weights):
+    model = serve_llama.load(folder / "bf16", mesh_of(8))
+    caches = make_caches(2, model.mesh, EXACT, 1, 64, 8, 64)
+    shapes = np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.float32(0), np.zeros(2, np.int32)
+    text = str(serve_llama.step.lower(model, caches, *shapes).compile().as_text())
+    found = re.findall(r"\w+\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all)", text)
+    assert len(found) >= 5  # one for the embedding, two a layer
+    for shape, _ in found:
+        assert math.prod(map(int, filter(None, shape.split(",")))) <= 320, (shape, text)
 
 
 def serve(path: Path, out: Path, *options: str) -> list[list[int]]:
