@@ -100,7 +100,8 @@ def encode(
     if scale_mode == "norm":
         scale = norm / sigma
     else:
-        nearest = codebook.decode(codes, bits)
+        # Without the barrier XLA may take the conversion to float8 and back for the value itself.
+        nearest = codebook.decode(jax.lax.optimization_barrier(codes), bits)
         if scale_mode == "eden":
             scale = norm * norm / _dot(y, nearest)
         else:

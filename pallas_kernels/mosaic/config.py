@@ -50,13 +50,12 @@ class Config:
 class EncodeConfig:
     """How an append is cut up; every choice gives the same result.
 
-    tiles: tiles of 64 tokens that a thread block encodes, one after the other, where there are
-    many. blocks: thread blocks that the device needs at least. Raises ValueError for a number that
-    is not positive.
+    tiles: the most tiles of 64 tokens that a warpgroup encodes, one after the other. blocks: thread
+    blocks that the device needs at least. Raises ValueError for a number that is not positive.
     """
 
     tiles: int = 4
-    blocks: int = 132 * 8
+    blocks: int = 132 * 4
 
     def __post_init__(self):
         for name in ("tiles", "blocks"):

@@ -1,9 +1,10 @@
 """append: new tokens into the pages, the ring and the sinks of a cache, in one launch, in place.
 
-A block of 128 threads takes the keys, or the values, of one KV head and a few tiles of 64 tokens,
-one after the other. Tiles start where the packed tokens end, so that the first ones encode what the
-ring holds; a tile also writes those slots of the ring that it alone has read. Blocks for which
-nothing completes end at once. What a tile's threads do is in `encode_rows`.
+A thread block takes the keys, or the values, of one KV head and some tiles of 64 tokens; its
+warpgroups take tiles in turn. Tiles start where the packed tokens end, so that the first ones
+encode what the ring holds; a tile also writes those slots of the ring that it alone has read.
+Blocks for which nothing completes end at once. What a warpgroup does is in
+`encode_rows`.
 
 It uses no unit that only one GPU generation has: the same kernel is for Hopper and Blackwell.
 """
@@ -20,9 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.mosaic import encode_rows, lanes, lanes_numpy, levels
+from pallas_kernels.mosaic import encode_rotate, encode_rows, lanes, lanes_numpy, levels
 from pallas_kernels.mosaic.config import EncodeConfig
-from pallas_kernels.mosaic.encode_rows import PAD, TILE, Arrays, Place, Sizes
+from pallas_kernels.mosaic.encode_rows import PAD
+from pallas_kernels.mosaic.encode_threads import TILE, Arrays, Place, Sizes, Threads
 
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -50,8 +52,11 @@ def append(
     # Of up to page_size - 1 tokens that waited for a page, and the new ones.
     pages = (new + fmt.page_size - 1) // fmt.page_size
     tiles = max(-(-pages * fmt.page_size // TILE), -(-fmt.ring_slots // TILE))
-    # Few tiles are a block each: they are done when the longest block is.
-    per_block = max(1, min(config.tiles, batch * heads * 2 * tiles // config.blocks))
+    # As many as leave each thread the registers that it needs. Interpreted ones would overwrite
+    # each other's results.
+    warpgroups = 1 if interpret else 2 if d == 256 else 4
+    # Few tiles are spread: they are done when the longest block is.
+    rounds = max(1, min(config.tiles, batch * heads * 2 * tiles // (config.blocks * warpgroups)))
     written = {
         "recent": (cache.recent_k, cache.recent_v),
         "sink": (cache.sink_k, cache.sink_v) if fmt.sinks else (),
@@ -63,19 +68,26 @@ def append(
     flat, tree = jax.tree.flatten(refs)
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, sizes=sizes, tree=tree, per_block=per_block, interpret=interpret
+            _kernel,
+            sizes=sizes,
+            tree=tree,
+            rounds=rounds,
+            warpgroups=warpgroups,
+            interpret=interpret,
         ),
         out_type=(),
         scratch_types=(
-            plgpu.SMEM((2, d), jnp.float32),
-            plgpu.SMEM((TILE, d + PAD), jnp.uint8),
+            plgpu.SMEM((warpgroups, max(256, 2 * d)), jnp.float32),
+            plgpu.SMEM((warpgroups, TILE, d + PAD), jnp.uint8),
         ),
-        grid=(batch, -(-tiles // per_block), 2, heads),
+        grid=(batch, -(-tiles // (rounds * warpgroups)), 2, heads),
         grid_names=("batch", "tiles", "kind", "head"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    tables = jnp.asarray(encode_rows.tables(d, fmt.seed))
+    tables = jnp.asarray(encode_rows.tables(d, fmt.seed, (fmt.key_bits, fmt.value_bits)))
     total = cache.lengths + count
     first_page = ()
     if fmt.key_offset and new > 1:
@@ -98,12 +110,13 @@ def append(
     )
 
 
-def _kernel(totals, counts, page_table, tables, *refs, sizes, tree, per_block, interpret):
+def _kernel(totals, counts, page_table, tables, *refs, sizes, tree, rounds, warpgroups, interpret):
     *refs, shared, codes = refs
     k, v, *first_page = refs[: -tree.num_leaves]
     refs = jax.tree.unflatten(tree, refs[-tree.num_leaves :])
     fmt = sizes.fmt
     batch, group, kind, head = (lax.axis_index(name) for name in ("batch", "tiles", "kind", "head"))
+    warpgroup = lax.axis_index("warpgroup")
     size = fmt.page_size
     total = totals[batch] - fmt.sinks
     length = total - counts[batch]
@@ -112,12 +125,12 @@ def _kernel(totals, counts, page_table, tables, *refs, sizes, tree, per_block, i
         return jnp.maximum(x - fmt.window, 0) // size
 
     start, end = packed(length) * size, jnp.minimum(packed(total), sizes.pages_per_seq) * size
+    first = group * rounds * warpgroups
 
-    def run(step, arrays, here, flags, *more):
-        scalars = (batch, head, here, end, length, total, *flags)
-        _inline(step, sizes, arrays, more, scalars, interpret)
+    def run(step, arrays, tile, *more):
+        place = (batch, head, start + tile * TILE, end, length, total)
+        _inline(step, sizes, warpgroups, arrays, place, more, interpret)
 
-    first = group * per_block
     for i in range(2):
         arrays = Arrays(
             tables,
@@ -131,65 +144,58 @@ def _kernel(totals, counts, page_table, tables, *refs, sizes, tree, per_block, i
 
         @pl.when(kind == i)
         def _(i=i, arrays=arrays):
-            here = start + first * TILE
-            offset = ()
             if i == 0 and fmt.key_offset:
-                offset = (shared,)
 
-                @pl.when(here < end)
+                @pl.when(start + first * TILE < end)
                 def _():
                     is_first = (start == 0).astype(jnp.int32)
                     writes = is_first * (group == 0).astype(jnp.int32)
                     page = first_page[0] if first_page else arrays.recent
                     more = (page, refs["key_offset"], shared)
-                    run(_offset, arrays, here, (is_first, writes), *more)
+                    run(_offset, arrays, first, warpgroup, is_first, writes, *more)
 
-            def tile(j, _):
-                here = start + (first + j) * TILE
+            def step(j, _):
+                tile = first + j * warpgroups + warpgroup
 
-                @pl.when(here < end)
+                @pl.when(start + tile * TILE < end)
                 def _():
-                    if i == 0:
-                        run(_keys, arrays, here, (), *offset)
+                    if i:
+                        run(encode_rows.values, arrays, tile, warpgroup, codes)
+                    elif fmt.key_offset:
+                        run(encode_rows.keys, arrays, tile, warpgroup, shared)
                     else:
-                        run(_values, arrays, here, (), codes)
+                        run(encode_rows.keys, arrays, tile)
 
-                @pl.when((first + j) * TILE < fmt.ring_slots)
+                @pl.when(tile * TILE < fmt.ring_slots)
                 def _():
-                    run(_recent, arrays, here, (first + j,))
+                    run(encode_rows.recent, arrays, tile, tile)
 
                 return 0
 
-            lax.fori_loop(0, per_block, tile, 0)
+            lax.fori_loop(0, rounds, step, 0)
 
 
-def _offset(threads, is_first, writes, *refs):
+def _offset(threads, warpgroup, is_first, writes, *refs):
     conditions = [~threads.ops.less(x, 1) for x in (is_first, writes)]
-    encode_rows.key_offset(threads, *conditions, *refs)
+    encode_rotate.key_offset(threads, warpgroup, *conditions, *refs)
 
 
-def _keys(threads, shared=None):
-    encode_rows.keys(threads, shared)
-
-
-_values = encode_rows.values
-_recent = encode_rows.recent
-
-
-def _inline(step, sizes, arrays, more, scalars, interpret):
-    """Runs step(threads, *scalars after those of Place, *more) in all threads of the block."""
-    refs, tree = jax.tree.flatten((tuple(vars(arrays).values()), more))
+def _inline(step, sizes, warpgroups, arrays, place, more, interpret):
+    """Runs step(threads, *more) in the warpgroup; more: scalars, then references."""
+    refs, tree = jax.tree.flatten((tuple(vars(arrays).values()), more[_scalars(more) :]))
+    scalars = (*place, *more[: _scalars(more)])
 
     def run(ops, refs, scalars):
         arrays, more = jax.tree.unflatten(tree, refs)
-        place, flags = Place(*scalars[:6]), scalars[6:]
-        step(encode_rows.Threads(ops, sizes, place, Arrays(*arrays)), *flags, *more)
+        n = len(place)
+        here, flags = Place(*scalars[:n]), scalars[n:]
+        step(Threads(ops, sizes, here, Arrays(*arrays), warpgroups), *flags, *more)
 
     if not interpret:
 
         @levels.inline(arg_types=(tuple(plgpu.RefType() for _ in refs), (_SCALAR,) * len(scalars)))
         def threads(_, refs, scalars):
-            run(lanes, refs, [lanes.Reg(x.registers.item()) for x in scalars])
+            run(lanes, refs, [lanes.scalar(x.registers.item()) for x in scalars])
 
         threads(tuple(refs), tuple(scalars))
         return
@@ -204,3 +210,7 @@ def _inline(step, sizes, arrays, more, scalars, interpret):
     out = jax.pure_callback(numpy, kinds, scalars, *(ref[...] for ref in refs))
     for ref, value in zip(refs, out, strict=True):
         ref[...] = value
+
+
+def _scalars(more) -> int:
+    return sum(isinstance(x, jax.Array) for x in more)

@@ -1,7 +1,7 @@
 """A thread's registers in a kernel: what `encode_rows` is written in, here as machine code.
 
-Values are 32 bits wide, unsigned or float32, one for each thread of a block of 128; `lanes_numpy`
-has the same functions over arrays of 128, for machines without a GPU.
+Values are 32 bits wide, unsigned or float32, one for each thread of a warpgroup of 128;
+`lanes_numpy` has the same functions over arrays of 128, for machines without a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 
 _GLOBAL = 1  # LLVM's address space for global memory
@@ -89,6 +89,12 @@ def _i64():
     return ir.IntegerType.get_signless(64)
 
 
+def scalar(x) -> Reg:
+    """A number of the kernel's, the same in all threads."""
+    # Passed by, for the same reason as in `thread`.
+    return _asm("mov.b32 $0, $1;", "r", Reg(x), stays=True)
+
+
 def word(x: int) -> Reg:
     x &= 0xFFFFFFFF
     return Reg(arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x - (x >> 31) * 2**32)))
@@ -99,7 +105,10 @@ def real(x: float) -> Reg:
 
 
 def thread() -> Reg:
-    return Reg(mgpu.utils.thread_idx())
+    """Number of the thread in its warpgroup."""
+    # Read where it is asked for: what follows from it would otherwise be computed before a loop,
+    # and fill registers.
+    return _asm("mov.u32 $0, %tid.x;", "r", stays=True) & 127
 
 
 def less(a: Reg, b: Reg | int) -> Predicate:
@@ -172,6 +181,16 @@ def halves_at_least(x: Reg, limit: float) -> Reg:
     return _asm("set.ge.u32.f16x2 $0, $1, $2;", "r", x, word(both))
 
 
+def add_halves_saturated(x: Reg, y: Reg) -> Reg:
+    """For each of two float16: x + y between 0 and 1."""
+    return _asm("add.rn.sat.f16x2 $0, $1, $2;", "r", x, y)
+
+
+def add_halves(x: Reg, y: Reg) -> Reg:
+    """For each of two float16: x + y."""
+    return _asm("add.rn.f16x2 $0, $1, $2;", "r", x, y)
+
+
 def bfloats(low: Reg, high: Reg) -> Reg:
     """Two float32 -> two bfloat16, to nearest."""
     return _asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "r", high, low)
@@ -194,9 +213,10 @@ def halves_of_e4m3s(x: Reg) -> Reg:
     return _asm(code, "r", x)
 
 
-def permute(a: Reg, b: Reg, selector: int) -> Reg:
+def permute(a: Reg, b: Reg, selector: Reg | int) -> Reg:
     """Four of the eight bytes of a (0 to 3) and b (4 to 7): nibble i of selector is byte i's."""
-    return _asm("prmt.b32 $0, $1, $2, $3;", "r", a, b, word(selector))
+    selector = selector if isinstance(selector, Reg) else word(selector)
+    return _asm("prmt.b32 $0, $1, $2, $3;", "r", a, b, selector)
 
 
 def dot_bytes(a: Reg, b: Reg, c: Reg) -> Reg:
@@ -234,7 +254,12 @@ def multiply_add(a: Sequence[Reg], b: Sequence[Reg], c: Sequence[Reg]) -> list[R
 
 
 def barrier() -> None:
+    """Of the warpgroup."""
     mgpu.utils.warpgroup_barrier()
+
+
+def barrier_of_block() -> None:
+    gpu.barrier()
 
 
 def forget() -> None:
@@ -269,6 +294,19 @@ def either(condition: Predicate, f: Callable[[], list[Reg]], g: Callable[[], lis
     return [Reg(x) for x in op.results]
 
 
+def until(body: Callable[[Reg], tuple[list[Reg], Predicate]], count: int) -> list[Reg]:
+    """The `count` float32 of body(0); of body(1) in a warp of which a thread asks for that."""
+    f32 = ir.F32Type.get()
+    op = scf.WhileOp([f32] * count, [word(0).value])
+    before, after = op.before.blocks.append(_i32()), op.after.blocks.append(*[f32] * count)
+    with ir.InsertionPoint(before):
+        out, again = body(Reg(before.arguments[0]))
+        scf.condition(any_in_warp(again).value, [x.value for x in out])
+    with ir.InsertionPoint(after):
+        scf.yield_([word(1).value])
+    return [Reg(x) for x in op.results]
+
+
 def loop(count: int, body: Callable[[Reg, list[Reg]], list[Reg]], state: list[Reg]) -> list[Reg]:
     """state after body(i, state) for i < count."""
     bounds = [word(x).value for x in (0, count, 1)]
@@ -287,7 +325,7 @@ def shape(ref) -> Sequence[int]:
 def address(ref, row: Reg, row_bytes: int, offset: Reg | int = 0) -> Reg:
     """Of byte row * row_bytes + offset of an array in global or shared memory."""
     offset = offset if isinstance(offset, Reg) else word(offset)
-    row64, offset64 = (arith.extui(_i64(), x.value) for x in (row, offset))
+    row64, offset64 = (arith.extsi(_i64(), x.value) for x in (row, offset))
     size = arith.constant(_i64(), row_bytes)
     place = arith.addi(arith.muli(row64, size), offset64)
     pointer = mgpu.utils.memref_ptr(ref)
@@ -295,6 +333,11 @@ def address(ref, row: Reg, row_bytes: int, offset: Reg | int = 0) -> Reg:
         pointer = llvm.addrspacecast(llvm.PointerType.get(_GLOBAL), pointer)
     byte = ir.IntegerType.get_signless(8)
     return Reg(mgpu.utils.getelementptr(pointer, [place], byte))
+
+
+def further(place: Reg, offset: int) -> Reg:
+    """An address `offset` bytes on."""
+    return Reg(_at(place, offset))
 
 
 def load(place: Reg, count: int) -> list[Reg]:

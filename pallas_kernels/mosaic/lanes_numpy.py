@@ -1,4 +1,4 @@
-"""The functions of `lanes` over numpy arrays of 128, the threads of a block, in step.
+"""The functions of `lanes` over numpy arrays of 128, the threads of a warpgroup, in step.
 
 For interpretation on a machine without a GPU. A barrier is then nothing to wait for, and a branch
 runs in all threads, with its stores where the condition holds. Arrays in memory are numpy's.
@@ -99,6 +99,15 @@ def halves_at_least(x, limit):
     return np.where(x.view(np.float16) >= np.float16(limit), 0xFFFF, 0).astype(np.uint16).view("u4")
 
 
+def add_halves_saturated(x, y):
+    x, y = (x.view(np.float16).astype(np.float64) for x in (x, y))
+    return np.clip(x + y, 0, 1).astype(np.float16).view(np.uint32)
+
+
+def add_halves(x, y):
+    return (x.view(np.float16) + y.view(np.float16)).view(np.uint32)
+
+
 def bfloats(low, high):
     return _join(*(x.astype(jnp.bfloat16).view(np.uint16) for x in (low, high)))
 
@@ -119,8 +128,9 @@ def halves_of_e4m3s(x):
 
 def permute(a, b, selector):
     source = np.stack([a, b], -1).view(np.uint8)  # [threads, 8]
-    chosen = [selector >> 4 * i & 7 for i in range(4)]
-    return np.ascontiguousarray(source[:, chosen]).view(np.uint32)[:, 0]
+    selector = selector if isinstance(selector, np.ndarray) else word(selector)
+    chosen = np.stack([selector >> 4 * i & 7 for i in range(4)], -1)
+    return np.take_along_axis(source, chosen, 1).view(np.uint32)[:, 0]
 
 
 def dot_bytes(a, b, c):
@@ -163,6 +173,9 @@ def barrier():
     pass
 
 
+barrier_of_block = barrier
+
+
 def forget():
     pass
 
@@ -182,6 +195,14 @@ def either(condition, f, g):
     return [np.where(condition, a, b) for a, b in zip(first, second, strict=True)]
 
 
+def until(body, count):
+    first, again = body(word(0))
+    if not any_in_warp(again).any():
+        return first
+    second, _ = body(word(1))
+    return [np.where(any_in_warp(again), b, a) for a, b in zip(first, second, strict=True)]
+
+
 def loop(count, body, state):
     for i in range(count):
         state = body(word(i), state)
@@ -193,8 +214,12 @@ def shape(ref):
 
 
 def address(ref, row, row_bytes, offset=0):
-    place = row.astype(np.int64) * row_bytes + offset
+    place = row.view(np.int32).astype(np.int64) * row_bytes + offset
     return _Place((ref.reshape(-1).view(np.uint8),), np.zeros(THREADS, int), place)
+
+
+def further(place, offset):
+    return _Place(place.arrays, place.which, place.offset + offset)
 
 
 def load(place, count):

@@ -49,7 +49,7 @@ def encode(
     from pallas_kernels.mosaic.encode import append
 
     fmt = pk.KVFormat(key_bits, value_bits, page_size=page_size)
-    cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 2, 8192, 8, head_dim))
+    cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 2, 32768, 8, head_dim))
     # float32 where it is not usual, so that this compiles too
     dtype = jnp.bfloat16 if head_dim == 128 else jnp.float32
     new_tokens = jax.ShapeDtypeStruct((2, new, 8, head_dim), dtype)

@@ -50,6 +50,17 @@ def decode(target, key_bits, value_bits, head_dim, group, page_size=64, **most):
     return Case(target, "decode", parameters, launches=launches, instructions=instructions, **most)
 
 
+def encode(target, key_bits, value_bits, head_dim, page_size, new):
+    parameters = dict(key_bits=key_bits, value_bits=value_bits, head_dim=head_dim)
+    parameters |= dict(page_size=page_size, new=new)
+    # As many as a block's four warpgroups, or two, leave each thread.
+    registers = 255 if head_dim == 256 else 128
+    # The sum of the lengths, and for more than one token a slice of the ring: nothing else is
+    # copied of a cache that is given away.
+    launches = 2 if new == 1 else 3
+    return Case(target, "encode", parameters, registers, launches, ("HMMA",))
+
+
 CASES = [
     # 128, 168 and 255 registers let four, three and two blocks run at once, which the choice of
     # splits counts on.
@@ -64,6 +75,12 @@ CASES = [
     decode("b200", 2, 8, 64, 4, registers=168, columns=128),
     decode("b200", 8, 3, 64, 16, 16, registers=255, columns=256),
     decode("b200", 4, 4, 256, 8, registers=255, columns=256),
+    encode("h100", 4, 4, 128, 64, 1),
+    encode("h100", 4, 4, 128, 64, 32768),
+    encode("h100", 3, 2, 256, 16, 32768),
+    encode("h100", 8, 3, 64, 128, 32768),
+    encode("b200", 4, 4, 128, 64, 32768),
+    encode("b200", 3, 2, 256, 16, 32768),
 ]
 
 

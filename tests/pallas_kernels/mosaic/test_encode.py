@@ -13,7 +13,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import codebook, packing
-from pallas_kernels.mosaic import encode
+from pallas_kernels.mosaic import encode, encode_round, lanes_numpy
 from pallas_kernels.mosaic.config import EncodeConfig
 from pallas_kernels.mosaic.tiles import rotation_matrix
 
@@ -120,6 +120,26 @@ def test_codes_are_the_nearest_in_float64(append):
         assert (chosen <= distance.min(-1) + 1e-4 * levels[0]).all()
         kept = np.linalg.norm(levels[codes], axis=-1) * scale
         np.testing.assert_allclose(kept, norm[..., 0], rtol=2.0**-8 * 1.01)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rounding_keeps_float32_on_its_side_of_a_middle(bits):
+    levels = codebook.magnitudes(bits)
+    middles = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
+    near = [np.nextafter(middles, np.float32(x)) for x in (0, np.inf)]
+    u = np.concatenate([*near, middles, [0, 1e-30, 13, 63], np.linspace(0, 20, 4000)])
+    u = np.resize(np.concatenate([u, -u]).astype(np.float32), (8, 128 * 9))
+    table = encode_round.table(bits)
+    for columns in np.split(u, 9, axis=1):
+        scaled = list(columns * np.float32(encode_round.STEEP))
+        words, squares, unit = encode_round.round_table(
+            lanes_numpy, scaled, bits, False, [np.full(128, x) for x in table[:6]]
+        )
+        codes = np.stack(words, -1).view(np.uint8).T
+        want = (np.abs(columns)[..., None] >= middles).sum(-1)
+        np.testing.assert_array_equal(codes & 2 ** (bits - 1) - 1, want)
+        np.testing.assert_array_equal(codes >> (bits - 1), np.signbit(columns))
+        np.testing.assert_array_equal(squares / unit**2, np.sum(levels[want] ** 2, axis=0))
 
 
 def test_content_does_not_depend_on_the_chunks(append):
