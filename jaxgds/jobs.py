@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgds import quantize
 from jaxgds.prepared import Array
-from jaxgds.rules import Mesh, Rule, Rules, fitted
+from jaxgds.rules import Mesh, Rules, Spec, fitted
 from jaxgds.sources import Model, Tensor
 
 
@@ -40,19 +40,19 @@ def make_jobs(
     tensors = {_plain_name(tensor): tensor for tensor in model.tensors}
     jobs = []
     for tensor in model.tensors:
-        rule = _rule(tensor, tensors, rules, mesh)
+        spec, contract, castable = _placed(tensor, tensors, rules, mesh)
         array = Array(
             tensor.keys,
             tensor.value_type,
             tensor.shape,
             tensor.dtype,
-            rule.spec,
-            mesh.parts(rule.spec),
+            spec,
+            mesh.parts(spec),
         )
-        if not _is_wide_float(tensor.dtype) or tensor.value_type == "scalar":
+        if not castable or not _is_wide_float(tensor.dtype):
             jobs.append(Job(tensor, array))
-        elif method == "fp8" and rule.contract is not None:
-            jobs.append(_quantised(tensor, array, rule.contract))
+        elif method == "fp8" and contract is not None:
+            jobs.append(_quantised(tensor, array, contract))
         else:
             jobs.append(Job(tensor, replace(array, dtype=to or tensor.dtype)))
     names = [a.name for job in jobs for a in (job.array, job.scale) if a is not None]
@@ -67,18 +67,24 @@ def _plain_name(tensor: Tensor) -> str:
     return tensor.name.removesuffix(".value")  # of an nnx.Variable
 
 
-def _rule(tensor: Tensor, tensors: Mapping[str, Tensor], rules: Rules, mesh: Mesh) -> Rule:
-    """How a tensor is sharded; the scales of one that is quantised already, as its channels are."""
-    if not tensor.shape:
-        return Rule((), ())  # a scalar needs none: it cannot be split
+def _placed(
+    tensor: Tensor, tensors: Mapping[str, Tensor], rules: Rules, mesh: Mesh
+) -> tuple[Spec, int | None, bool]:
+    """Where a tensor's dimensions go, which one is summed over, and whether its dtype may change.
+
+    The scales of a tensor that is quantised already go where its channels are.
+    """
+    if not tensor.shape:  # it cannot be split, so it needs no rule
+        return (), None, tensor.value_type != "scalar"
     name = _plain_name(tensor)
     weight = tensors.get(name.removesuffix("_scale"))
     if weight is not None and weight is not tensor and weight.shape:
         rule = fitted(rules.of(_plain_name(weight)), weight.name, weight.shape, mesh)
         c = rule.contract
         if c is not None and tensor.shape == (*weight.shape[:c], 1, *weight.shape[c + 1 :]):
-            return Rule((), (*rule.spec[:c], (), *rule.spec[c + 1 :]))
-    return fitted(rules.of(name), tensor.name, tensor.shape, mesh)
+            return (*rule.spec[:c], (), *rule.spec[c + 1 :]), None, False
+    rule = fitted(rules.of(name), tensor.name, tensor.shape, mesh)
+    return rule.spec, rule.contract, tensor.value_type != "scalar"
 
 
 def _float_dtype(dtype: Any) -> np.dtype:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,12 +36,15 @@ class Writer:
         self._open: dict[str, tuple[str, int]] = {}  # rank -> its file that is open
         self._chunks: dict[str, _Chunk] = {}  # those that are begun and not complete
         self._values: dict[str, Source] = {}
+        self._closer = ThreadPoolExecutor(1)  # storage may be slower than the next file's making
+        self._closing: list[Future[None]] = []
         self.checksums: dict[str, str] = {}
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._closer.shutdown()
         for _, fd in self._open.values():
             os.close(fd)
 
@@ -90,17 +94,23 @@ class Writer:
     def _close(self, rank: str) -> None:
         if rank in self._open:
             _, fd = self._open.pop(rank)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            self._closing.append(self._closer.submit(_sync_and_close, fd))
 
     def finish(self) -> dict[str, Source]:
         """Completes the files; returns what the B-tree says of each chunk."""
         assert not self._chunks, f"incomplete: {list(self._chunks)[:8]}"
         for rank in list(self._open):
             self._close(rank)
+        for closing in self._closing:
+            closing.result()
         return self._values
+
+
+def _sync_and_close(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def check_space(folder: str, nbytes: int) -> None:
@@ -154,8 +164,4 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _sync_and_close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
