@@ -40,12 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "file) into the new directory DST, one chunk a shard of the mesh, laid out for direct "
         "I/O. With --check, proves DST against the source that it was made from, or against SRC.",
     )
-    prepare.add_argument("paths", nargs="+", metavar="SRC DST", help="with --check, DST suffices")
+    prepare.add_argument("source", metavar="SRC", help="with --check, may be left out")
+    prepare.add_argument("destination", metavar="DST", nargs="?")
     prepare.add_argument("--mesh", default="tp=1", help="axes of the mesh, as in dp=2,tp=4")
     prepare.add_argument(
         "--rules", metavar="FILE", help="parameter name -> PartitionSpec; see configs/rules"
     )
-    prepare.add_argument("--quantize", default="none", choices=("none", "fp8"))
+    prepare.add_argument(
+        "--quantize",
+        default="none",
+        choices=("none", "fp8"),
+        help="fp8: e4m3 with a float32 scale per output channel; embeddings and norms stay",
+    )
     prepare.add_argument("--dtype", help="of parameters that are not quantised, as in bfloat16")
     prepare.add_argument("--check", action="store_true", help="prove a prepared checkpoint")
     prepare.add_argument("--json", metavar="FILE", help="write the result ('-': to stdout)")
@@ -224,15 +230,18 @@ def _doctor(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from jaxgds import check, prepare, rules
 
-    if len(args.paths) not in ((1, 2) if args.check else (2,)):
-        raise ValueError(f"expected SRC DST, found {args.paths}")
     if args.check:
-        found = check.check(args.paths[-1], args.paths[0] if len(args.paths) == 2 else None)
+        source, destination = args.source, args.destination
+        if destination is None:
+            source, destination = None, source
+        found = check.check(destination, source)
         _show(args, found, check.table)
         return 1 if found["problems"] else 0
+    if args.destination is None:
+        raise ValueError(f"expected SRC DST, found only {args.source!r}")
     found = prepare.prepare(
-        args.paths[0],
-        args.paths[1],
+        args.source,
+        args.destination,
         mesh=rules.read_mesh(args.mesh),
         rules=rules.read_rules(args.rules) if args.rules else None,
         method=None if args.quantize == "none" else args.quantize,
