@@ -4,10 +4,6 @@ A weight is bf16, or FP8 with a float32 scale per output, as `jaxgds prepare --q
 it. The shardings are those of configs/rules, and XLA splits the matrix products by them.
 """
 
-import dataclasses
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,43 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
+from examples.llama_config import Config, rope
 from examples.sharded_cache import attend
 from jaxgds.rules import shipped
 from jaxgds.shardings import with_shardings
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    vocab: int
-    dim: int
-    mlp_dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rope_scaling: tuple[float, float, float, int] | None  # factor, low, high, original length
-    norm_eps: float
-    tied: bool
-    fp8: bool
-
-    @staticmethod
-    def of(c: dict[str, Any], fp8: bool = False) -> "Config":
-        """From a config.json of the Llama family. Raises ValueError for any other."""
-        scaling, kind = None, (c.get("rope_scaling") or {}).get("rope_type")
-        if kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor")
-            length = c["rope_scaling"]["original_max_position_embeddings"]
-            scaling = (*(c["rope_scaling"][name] for name in names), length)
-        if c["model_type"] != "llama" or kind not in (None, "default", "llama3"):
-            raise ValueError(f"{c['model_type']=} with {kind=} is no Llama that this file knows")
-        heads = c["num_attention_heads"]
-        head_dim = c.get("head_dim") or c["hidden_size"] // heads
-        return Config(
-            c["vocab_size"], c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"],
-            heads, c.get("num_key_value_heads") or heads, head_dim, c.get("rope_theta", 1e4),
-            scaling, c["rms_norm_eps"], c.get("tie_word_embeddings", False), fp8,
-        )  # fmt: skip
 
 
 class Linear(nnx.Module):
@@ -113,20 +76,6 @@ class Attention(nnx.Module):
         q, k = rope(q, positions, self.config), rope(k, positions, self.config)
         out, cache = attend(q, k, v, cache, counts, self.mesh)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
-
-
-def rope(x: Float[Array, "batch new heads d"], positions: Int[Array, "batch new"], c: Config):
-    """Rotate the pairs (i, i + d/2) of each head; Llama 3.1 slows the slow ones down further."""
-    half = x.shape[-1] // 2
-    turn = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if c.rope_scaling is not None:
-        factor, low, high, length = c.rope_scaling
-        keep = jnp.clip((length * turn / (2 * math.pi) - low) / (high - low), 0, 1)
-        turn *= keep + (1 - keep) / factor
-    angles = positions[..., None, None].astype(jnp.float32) * turn
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class MLP(nnx.Module):

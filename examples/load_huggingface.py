@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jaxgds
-from examples.llama_tp import Config, Llama, abstract_model
+from examples.llama_config import Config
+from examples.llama_tp import Llama, abstract_model
 
 
 def load(path: Path, mesh: Mesh, prefix: str = "") -> Llama:

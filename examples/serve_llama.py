@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 import jaxgds
 import pallas_kernels as pk
-from examples.llama_tp import Config, Llama, abstract_model
+from examples.llama_config import Config
+from examples.llama_tp import Llama, abstract_model
 from examples.sharded_cache import make_caches
 
 
@@ -32,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", action="append", help="a prompt as numbers: 1,2,3")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=256, help="prompt tokens read at a time")
-    parser.add_argument("--key-bits", type=int, default=4, help="of a number in the KV cache")
-    parser.add_argument("--value-bits", type=int, default=4)
+    parser.add_argument("--bits", type=int, nargs=2, default=(4, 4), help="of keys and values")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, help="how many; default all")
@@ -52,10 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             tokenizer = Tokenizer.from_file(str(args.path / "tokenizer.json"))
             prompts += [tokenizer.encode(text).ids for text in args.prompt]
-        fmt = pk.KVFormat(args.key_bits, args.value_bits)
         start = time.perf_counter()
-        answers = generate(model, prompts, fmt, args.new_tokens, args.chunk,
-                           args.temperature, args.seed, ends(args.path))  # fmt: skip
+        how = (args.new_tokens, args.chunk, args.temperature, args.seed, ends(args.path))
+        answers = generate(model, prompts, pk.KVFormat(*args.bits), *how)
         seconds = time.perf_counter() - start
     if jax.process_index() == 0:
         for prompt, answer in zip(prompts, answers, strict=True):

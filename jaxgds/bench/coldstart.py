@@ -32,9 +32,9 @@ from jaxgds.sources import Model, Tensor, tree_keys
 
 # Name -> loader, and whether the compilation cache is off, empty, or as a cold case left it.
 CASES = {
-    "naive": ("naive", None),
     "jaxgds, cache cold": ("jaxgds", "cold"),
     "jaxgds, cache warm": ("jaxgds", "warm"),
+    "naive": ("naive", None),
     "naive, cache warm": ("naive", "warm"),
 }
 PARTS = ("imports", "jax_init", "build", "load", "compile", "load_and_compile", "prefill")

@@ -29,7 +29,8 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
 
     import pallas_kernels as pk
     from examples import serve_llama
-    from examples.llama_tp import Config, abstract_model
+    from examples.llama_config import Config
+    from examples.llama_tp import abstract_model
     from examples.sharded_cache import make_caches
 
     if loader == "naive":

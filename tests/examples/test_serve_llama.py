@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 import pallas_kernels as pk
 from examples import serve_llama
-from examples.llama_tp import Config
+from examples.llama_config import Config
 from examples.sharded_cache import make_caches
 from jaxgds.prepare import prepare
 from jaxgds.rules import read_mesh
