@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -101,7 +102,7 @@ mine = sum(
     for x in jax.tree.leaves(model)
 )
 assert not report.fallbacks and report.bytes_read == mine, (report, mine)
-print("read", mine, "of", sum(2 * x.size for x in jax.tree.leaves(model)))
+sys.stdout.write(f"[read {mine} of {sum(2 * x.size for x in jax.tree.leaves(model))}]\\n")
 """
 
 
@@ -109,7 +110,9 @@ def test_each_process_reads_its_shards_only(prepared):
     port = free_port()
     outputs = finish([start(i, port, "-c", READ, prepared) for i in range(2)])
     for output in outputs:
-        read, whole = (int(n) for n in output.split("read ")[1].split()[::2])
+        found = re.search(r"\[read (\d+) of (\d+)\]", output)
+        assert found, output
+        read, whole = map(int, found.groups())
         assert 0.5 * whole <= read < 0.51 * whole, output
 
 
