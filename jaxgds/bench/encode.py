@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def _append(
 ) -> dict[str, Any]:
     before = fmt.sinks + fmt.window + 2 * fmt.page_size if tokens == 1 else 0
     nbytes = _bytes(sizes, batch, before, tokens, fmt)
-    append = partial(pk.KVCache.append, implementation=implementation)
+    append = partial(pk.KVCache.append, implementation=cast(Any, implementation))
     error = 0.0
     if implementation != "xla":
         error = difference(sizes, batch, before, tokens, fmt, append)

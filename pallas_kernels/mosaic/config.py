@@ -50,15 +50,17 @@ class Config:
 class EncodeConfig:
     """How an append is cut up; every choice gives the same result.
 
-    tiles: the most tiles of 64 tokens that a warpgroup encodes, one after the other. blocks: thread
-    blocks that the device needs at least. Raises ValueError for a number that is not positive.
+    tiles: the most tiles of 64 tokens that a warpgroup encodes, one after the other. warpgroups: of
+    a thread block; 4 leave each thread 128 registers, fewer leave more. blocks: thread blocks that
+    the device needs at least. Raises ValueError for a number that is not positive.
     """
 
     tiles: int = 4
-    blocks: int = 132 * 4
+    warpgroups: int = 1
+    blocks: int = 132 * 12
 
     def __post_init__(self):
-        for name in ("tiles", "blocks"):
+        for name in ("tiles", "warpgroups", "blocks"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} is not positive")
 

@@ -3,8 +3,7 @@
 A thread block takes the keys, or the values, of one KV head and some tiles of 64 tokens; its
 warpgroups take tiles in turn. Tiles start where the packed tokens end, so that the first ones
 encode what the ring holds; a tile also writes those slots of the ring that it alone has read.
-Blocks for which nothing completes end at once. What a warpgroup does is in
-`encode_rows`.
+Blocks for which nothing completes end at once. `encode_rows` says what a warpgroup does.
 
 It uses no unit that only one GPU generation has: the same kernel is for Hopper and Blackwell.
 """
@@ -52,9 +51,9 @@ def append(
     # Of up to page_size - 1 tokens that waited for a page, and the new ones.
     pages = (new + fmt.page_size - 1) // fmt.page_size
     tiles = max(-(-pages * fmt.page_size // TILE), -(-fmt.ring_slots // TILE))
-    # As many as leave each thread the registers that it needs. Interpreted ones would overwrite
-    # each other's results.
-    warpgroups = 1 if interpret else 2 if d == 256 else 4
+    # A vector of 256 takes over 128 registers. Interpreted warpgroups would overwrite each other's
+    # results.
+    warpgroups = 1 if interpret else min(config.warpgroups, 2 if d == 256 else 4)
     # Few tiles are spread: they are done when the longest block is.
     rounds = max(1, min(config.tiles, batch * heads * 2 * tiles // (config.blocks * warpgroups)))
     written = {
@@ -80,8 +79,8 @@ def append(
             plgpu.SMEM((warpgroups, max(256, 2 * d)), jnp.float32),
             plgpu.SMEM((warpgroups, TILE, d + PAD), jnp.uint8),
         ),
-        grid=(batch, -(-tiles // (rounds * warpgroups)), 2, heads),
-        grid_names=("batch", "tiles", "kind", "head"),
+        grid=(batch, 2, -(-tiles // (rounds * warpgroups)), heads),
+        grid_names=("batch", "kind", "tiles", "head"),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -115,8 +114,9 @@ def _kernel(totals, counts, page_table, tables, *refs, sizes, tree, rounds, warp
     k, v, *first_page = refs[: -tree.num_leaves]
     refs = jax.tree.unflatten(tree, refs[-tree.num_leaves :])
     fmt = sizes.fmt
-    batch, group, kind, head = (lax.axis_index(name) for name in ("batch", "tiles", "kind", "head"))
-    warpgroup = lax.axis_index("warpgroup")
+    batch, kind, group, head, warpgroup = (
+        lax.axis_index(name) for name in ("batch", "kind", "tiles", "head", "warpgroup")
+    )
     size = fmt.page_size
     total = totals[batch] - fmt.sinks
     length = total - counts[batch]

@@ -158,10 +158,6 @@ def fma(a: Reg, b: Reg, c: Reg) -> Reg:
     return _asm("fma.rn.f32 $0, $1, $2, $3;", "f", a, b, c)
 
 
-def sqrt(x: Reg) -> Reg:
-    return _asm("sqrt.approx.f32 $0, $1;", "f", x)
-
-
 def rsqrt(x: Reg) -> Reg:
     return _asm("rsqrt.approx.f32 $0, $1;", "f", x)
 
@@ -289,6 +285,7 @@ def either(condition: Predicate, f: Callable[[], list[Reg]], g: Callable[[], lis
     probe.operation.erase()
     op = scf.IfOp(condition.value, kinds, has_else=True)
     for block, h in ((op.then_block, f), (op.else_block, g)):
+        assert block is not None
         with ir.InsertionPoint(block):
             scf.yield_([x.value for x in h()])
     return [Reg(x) for x in op.results]
@@ -304,16 +301,6 @@ def until(body: Callable[[Reg], tuple[list[Reg], Predicate]], count: int) -> lis
         scf.condition(any_in_warp(again).value, [x.value for x in out])
     with ir.InsertionPoint(after):
         scf.yield_([word(1).value])
-    return [Reg(x) for x in op.results]
-
-
-def loop(count: int, body: Callable[[Reg, list[Reg]], list[Reg]], state: list[Reg]) -> list[Reg]:
-    """state after body(i, state) for i < count."""
-    bounds = [word(x).value for x in (0, count, 1)]
-    op = scf.ForOp(*bounds, [x.value for x in state])
-    with ir.InsertionPoint(op.body):
-        out = body(Reg(op.induction_variable), [Reg(x) for x in op.inner_iter_args])
-        scf.yield_([x.value for x in out])
     return [Reg(x) for x in op.results]
 
 

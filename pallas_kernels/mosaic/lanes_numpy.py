@@ -71,9 +71,6 @@ def fma(a, b, c):
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
-sqrt = np.sqrt
-
-
 def rsqrt(x):
     return np.float32(1) / np.sqrt(x)
 
@@ -201,12 +198,6 @@ def until(body, count):
         return first
     second, _ = body(word(1))
     return [np.where(any_in_warp(again), b, a) for a, b in zip(first, second, strict=True)]
-
-
-def loop(count, body, state):
-    for i in range(count):
-        state = body(word(i), state)
-    return state
 
 
 def shape(ref):

@@ -53,8 +53,8 @@ def decode(target, key_bits, value_bits, head_dim, group, page_size=64, **most):
 def encode(target, key_bits, value_bits, head_dim, page_size, new):
     parameters = dict(key_bits=key_bits, value_bits=value_bits, head_dim=head_dim)
     parameters |= dict(page_size=page_size, new=new)
-    # As many as a block's four warpgroups, or two, leave each thread.
-    registers = 255 if head_dim == 256 else 128
+    # With 168 registers three blocks of 128 threads run at once.
+    registers = 255 if head_dim == 256 else 168
     # The sum of the lengths, and for more than one token a slice of the ring: nothing else is
     # copied of a cache that is given away.
     launches = 2 if new == 1 else 3

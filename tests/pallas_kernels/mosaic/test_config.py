@@ -37,7 +37,7 @@ def test_settings_are_positive(setting):
         Config(**{setting: 0})
 
 
-@pytest.mark.parametrize("setting", ["tiles", "blocks"])
+@pytest.mark.parametrize("setting", ["tiles", "warpgroups", "blocks"])
 def test_settings_of_encode_are_positive(setting):
     with pytest.raises(ValueError, match=f"{setting}=0"):
         EncodeConfig(**{setting: 0})

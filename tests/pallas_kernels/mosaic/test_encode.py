@@ -89,7 +89,7 @@ def test_every_format(append, d, key_bits, value_bits, size, mode, dtype):
     fmt = pk.KVFormat(
         key_bits, value_bits, window=5, sinks=3, scale_mode=mode, page_size=size, seed=d
     )
-    table = np.array([[3, 1, 0], [5, 2, 4]]) if size > 32 else None
+    table = jnp.asarray([[3, 1, 0], [5, 2, 4]], jnp.int32) if size > 32 else None
     room = 3 + 5 + 3 * size + (0 if size > 32 else 90)
     k, v = tokens(2, room, d, dtype)
     first, rest = size // 2, room - size // 2 - 1
@@ -150,9 +150,9 @@ def test_content_does_not_depend_on_the_chunks(append):
     whole = append(pk.KVCache.create(fmt, 2, n, HEADS, d), k, v, [n, n - 21])
     cache, at = pk.KVCache.create(fmt, 2, n, HEADS, d), np.zeros(2, int)
     for counts in ([1, 1], [50, 0], [50, 50], [1, 50], [50, 38], [8, 0]):
-        rows = at[:, None] + np.arange(50)
-        chunk = (np.take_along_axis(x, rows[..., None, None].clip(max=n - 1), 1) for x in (k, v))
-        cache = append(cache, *map(jnp.asarray, chunk), counts)
+        rows = (at[:, None] + np.arange(50)).clip(max=n - 1)[..., None, None]
+        chunk = (jnp.take_along_axis(x, jnp.asarray(rows), axis=1) for x in (k, v))
+        cache = append(cache, *chunk, counts)
         at += counts
     assert at.tolist() == whole.lengths.tolist() == [n, n - 21]
     one, other = stored(cache), stored(whole)
@@ -207,7 +207,7 @@ def test_the_kernel_is_asked_for_by_name():
         with pytest.raises(NotImplementedError, match="compute capability 9.0.*not for cpu"):
             cache.append(k, v, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="implementation='triton'"):
-        cache.append(k, v, implementation="triton")
+        cache.append(k, v, implementation="triton")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.gpu
@@ -219,6 +219,6 @@ def test_the_kernel_runs_by_default_and_in_place():
     step = jax.jit(
         lambda cache, k, v: cache.append(k, v, implementation="mosaic_gpu"), donate_argnums=0
     )
-    assert "mosaic_gpu" in (text := step.lower(empty(), k, v).compile().as_text())
+    assert "mosaic_gpu" in (text := str(step.lower(empty(), k, v).compile().as_text()))
     assert " copy(" not in text.partition("\nENTRY ")[2]
     assert_equal_but_for_rounding(step(empty(), k, v), empty().append(k, v, implementation="xla"))
