@@ -18,7 +18,7 @@ from pallas_kernels import codebook
 from pallas_kernels.cache import KVCache
 from pallas_kernels.codec import levels as unpack_levels
 from pallas_kernels.mosaic import levels, prefill_hopper
-from pallas_kernels.mosaic.prefill_hopper import ROWS, Keys, Queries
+from pallas_kernels.mosaic.prefill_hopper import Keys
 from pallas_kernels.mosaic.tiles import rotation_matrix
 
 
@@ -44,51 +44,20 @@ def prefill_attention(
     As `pallas_kernels.prefill_attention`; lengths: in [0, new]; interpret: run on the CPU, for
     tests.
     """
-    batch, new, q_heads, d = q.shape
-    heads = k.shape[2]
+    batch, new, _, d = q.shape
     count = jnp.full(batch, new, jnp.int32) if lengths is None else lengths
     valid = (jnp.arange(new, dtype=jnp.int32)[None] < count[:, None])[..., None, None]
     if lengths is not None:
         q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
     factor = _LOG2_E * (d**-0.5 if scale is None else scale)
     keys, k_unit, v_unit = _keys(k, v, cache, count)
-    queries = _queries(q, cache, factor, k_unit, soft_cap is not None)
     cap = None if soft_cap is None else _LOG2_E * soft_cap
+    q = jnp.pad(q, ((0, 0), (0, -new % 64), (0, 0), (0, 0)))
+    units = k_unit, v_unit
     out = prefill_hopper.attention(
-        queries, keys, cache, q_heads // heads, cap, sliding_window, interpret
+        q, keys, units, cache, count, factor, cap, sliding_window, interpret
     )
-    out = out[:, :, : new * (q_heads // heads)]
-    out = _rotated(out, rotation_matrix(d, cache.fmt.seed).T) * v_unit[..., None, None]
-    out = out.reshape(batch, heads, new, -1, d).swapaxes(1, 2).reshape(q.shape)
-    if lengths is not None:
-        out = jnp.where(valid, out, 0)
-    overflowed = (cache.lengths > cache.max_len)[:, None, None, None]
-    return jnp.where(overflowed, jnp.nan, out).astype(q.dtype)
-
-
-def _queries(
-    q: Array, cache: KVCache, factor: float, k_unit: Float[Array, "batch kv_heads"], capped: bool
-) -> Queries:
-    fmt = cache.fmt
-    batch, new, q_heads, d = q.shape
-    heads = cache.recent_k.shape[1]
-    group = q_heads // heads
-    rows = q.reshape(batch, new, heads, group, d).swapaxes(1, 2).reshape(batch, heads, -1, d)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % ROWS), (0, 0)))
-    x = _rotated(rows, _key_rotation(cache))
-    unit = _nonzero(jnp.max(_magnitude(x), axis=-1))
-    bias = None
-    if capped and fmt.key_offset:
-        bias = factor * jnp.einsum(
-            "bkrd,bkd->bkr", rows.astype(jnp.float32), cache.key_offset, precision="highest"
-        )
-    place = np.arange(rows.shape[2]) // group
-    return Queries(
-        (x / unit[..., None]).astype(jnp.float16),
-        unit * (factor * k_unit[..., None]),
-        bias,
-        jnp.asarray(place, jnp.float32),
-    )
+    return out[:, :new]
 
 
 def _keys(k: Array, v: Array, cache: KVCache, count: Int32[Array, " batch"]):

@@ -1,10 +1,11 @@
-"""Prefill attention on Hopper: one thread block per (sequence, KV head, 128 queries).
+"""Prefill attention on Hopper: one thread block for 128 queries of a sequence and KV head.
 
 Flash attention, all of it in rotated space, over tiles of 64 or 128 tokens: first the packed ones,
-then those that `prefill.Dense` holds. Three warpgroups share the work:
+then the others, which `prefill` rotates. Three warpgroups share the work:
 
     producer   codes (TMA) -> registers -> float16 K and V in shared memory; dense tiles: TMA only
-    consumers  64 queries each: S = q K^T, online softmax, O += P V, P never leaves the registers
+    consumers  64 queries each, which they rotate: S = q K^T, online softmax, O += P V, where P
+               never leaves the registers; at the end they rotate O back
 
 The scales of the vectors are multiplied in by the producer, half an instruction an element. The
 consumers take turns, so that one's softmax runs while the other's products do.
@@ -30,17 +31,19 @@ from pallas_kernels.mosaic.tiles import (
     full,
     load_columns,
     load_rows,
+    load_tile,
     matmul,
+    rotation_matrix,
     smem,
+    store_result,
     warp_any,
 )
 from pallas_kernels.packing import plane_bits
 
 
-ROWS = 128  # queries of a block
 _PART = 64  # rows of a wgmma, tokens of a part of a tile
 _CONSUMERS = 2
-_TURNS = True
+ROWS = _CONSUMERS * _PART  # queries of a block
 # How far a score, to the base 2, may lie over the one that exponentials are taken relative to.
 _SLACK = 8.0
 _SHARED_MEMORY = 226 * 1024
@@ -55,7 +58,7 @@ def tile_tokens(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Queries:
-    """Rotated queries, `rows` of them a KV head: for each token those of its group.
+    """Rotated queries, as the Blackwell kernel takes them: for each token those of its group.
 
     scores = scale * (x @ k), to the base 2; bias: what is then to be added. place: of the token
     in the chunk.
@@ -85,17 +88,25 @@ class Keys:
 
 
 def attention(
-    q: Queries,
+    q: Float[Array, "batch new q_heads head_dim"],
     keys: Keys,
+    units: tuple[Float[Array, "batch kv_heads"], Float[Array, "batch kv_heads"]],
     cache: KVCache,
-    group: int,
+    count: Int32[Array, " batch"],
+    factor: float,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
     interpret: bool = False,
-) -> Float16[Array, "batch kv_heads rows head_dim"]:
-    """Softmax attention in rotated space, in the units of keys.v. soft_cap: to the base 2."""
+) -> Float[Array, "batch new q_heads head_dim"]:
+    """Attention of new tokens, a multiple of 64, of which the first `count` exist.
+
+    units: what 1 stands for in keys.k and in keys.v; factor: log2(e) times the scale of the scores;
+    soft_cap: in units of factor * scores. Zeros for tokens that do not exist.
+    """
     fmt = cache.fmt
-    batch, heads, rows, d = q.x.shape
+    batch, new, q_heads, d = q.shape
+    heads = cache.recent_k.shape[1]
+    group = q_heads // heads
     tile = tile_tokens(d)
     planes = [x.reshape(*x.shape[:2], -1, 128) for x in (*cache.k_planes, *cache.v_planes)]
     pages = max(1, tile // fmt.page_size)
@@ -109,28 +120,37 @@ def attention(
         levels.page_rows(fmt.value_bits), tile // _PART
     )
     columns = np.stack([np.arange(tile), order]).astype(np.float32)
-    vectors = [q.scale] if q.bias is None else [q.scale, q.bias]
     tables = np.concatenate([levels.tables(fmt.key_bits), levels.tables(fmt.value_bits)])
+    # The rotation there, into the order in which keys are decoded, and back: times root, +-1.
+    root = d**0.5
+    rotation = rotation_matrix(d, fmt.seed)
+    rotations = np.stack([rotation.T[levels.slots(fmt.key_bits, d)], rotation]) * root
+    overflowed = (cache.lengths > cache.max_len)[:, None]
+    out_scale = jnp.where(overflowed, jnp.nan, units[1] / root)
+    bias = []
+    if soft_cap is not None and fmt.key_offset:
+        grouped = q.reshape(batch, new, heads, group, d).astype(jnp.float32)
+        x = jnp.einsum("bnkgd,bkd->bkgn", grouped, cache.key_offset, precision="highest")
+        bias = [factor * x.reshape(batch, q_heads, new)]
     kernel = plgpu.kernel(
         functools.partial(
             _kernel,
             fmt=fmt,
             group=group,
-            vectors=len(vectors),
+            bias=bool(bias),
             stages=stages,
             code_stages=code_stages,
             soft_cap=soft_cap,
             sliding_window=sliding_window,
             interpret=interpret,
         ),
-        out_type=jax.ShapeDtypeStruct(q.x.shape, jnp.float16),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
             smem((_CONSUMERS, _PART, d), jnp.float16),
             smem((stages, tile, d), jnp.float16),
             smem((stages, d, tile), jnp.float16),
             tuple(plgpu.SMEM((code_stages, n, 128), jnp.uint8) for n in lines),
             tuple(plgpu.SMEM((code_stages, tile), jnp.float16) for _ in range(2)),
-            plgpu.Barrier(num_barriers=_CONSUMERS),
             plgpu.Barrier(num_arrivals=pages * len(planes) + 2, num_barriers=code_stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -138,7 +158,7 @@ def attention(
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS),
         ),
-        grid=(batch, heads, rows // ROWS),
+        grid=(batch, heads, pl.cdiv(group * (new // _PART), _CONSUMERS)),
         grid_names=("batch", "head", "block"),
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
@@ -150,17 +170,21 @@ def attention(
     return kernel(
         keys.lengths,
         keys.base,
+        count,
         cache.page_table,
+        units[0] * np.float32(factor / root),
+        out_scale,
         jnp.asarray(tables),
         jnp.asarray(columns),
-        q.place,
-        q.x,
+        jnp.asarray(np.round(rotations), jnp.float16),
+        jnp.arange(new, dtype=jnp.float32),
+        q,
         keys.k,
         keys.v,
         keys.k_scale,
         keys.v_scale,
         *planes,
-        *vectors,
+        *bias,
     )
 
 
@@ -175,9 +199,13 @@ def _stages(d: int, tile: int, code_bytes: int) -> tuple[int, int]:
 def _kernel(
     lengths,
     base,
+    count,
     table,
+    q_scale,
+    out_scale,
     tables,
     columns,
+    rotations,
     place,
     q,
     k,
@@ -187,7 +215,7 @@ def _kernel(
     *refs,
     fmt,
     group,
-    vectors,
+    bias,
     stages,
     code_stages,
     soft_cap,
@@ -197,36 +225,43 @@ def _kernel(
     key_planes, value_planes = (len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits))
     refs = list(refs)
     planes, refs = refs[: key_planes + value_planes], refs[key_planes + value_planes :]
-    vectors, (out, q_s, k_s, v_s, codes, scales, *barriers) = refs[:vectors], refs[vectors:]
-    q_ready, codes_ready, k_ready, v_ready, k_read, v_read, turn = barriers
+    biases, (out, q_s, k_s, v_s, codes, scales, *barriers) = refs[:bias], refs[bias:]
+    codes_ready, k_ready, v_ready, k_read, v_read, turn = barriers
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
     tile, d = k_s.shape[1:]
     parts = tile // _PART
-    # The longest blocks first.
-    block = q.shape[2] // ROWS - 1 - block
+    # Each consumer has 64 tokens of one query head; those after the others first, as they see more.
+    work = group * (q.shape[1] // _PART)
+    work = [jnp.maximum(work - 1 - _CONSUMERS * block - i, 0) for i in range(_CONSUMERS)]
+    tokens = [x // group * _PART for x in work]
 
-    # The tiles that this block attends to, of its first query and its last one.
+    # The tiles that this block attends to, from its first token and up to its last one.
     packed = base[batch] // tile
     ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
     start = jnp.int32(0)
-    newest = ahead + (block * ROWS + ROWS - 1) // group
+    newest = ahead + tokens[0] + _PART - 1
     end = packed + jnp.minimum(newest // tile, k.shape[2] // tile - 1) + 1
-    whole = packed + (ahead + block * ROWS // group + 1) // tile  # from here on masked
+    whole = packed + (ahead + tokens[-1] + 1) // tile  # from here on masked
     if sliding_window is not None:
-        oldest = lengths[batch] + block * ROWS // group + 1 - sliding_window
+        oldest = lengths[batch] + tokens[-1] + 1 - sliding_window
         start = jnp.maximum(oldest - fmt.sinks, 0) // tile
         whole = start
+    # Before and after the keys, the places of keys take what rotates queries and results.
+    pieces, width = max(1, d // tile), min(d, tile)
 
-    def slot_of(i, of=stages):
-        return lax.rem(i - start, of)
+    def k_use(i):
+        return i - start + pieces
+
+    def v_use(i):
+        return i - start
 
     def produce():
         pages_at_once, cut = max(1, tile // fmt.page_size), max(1, fmt.page_size // tile)
         k_table, v_table = ((tables[i], tables[i + 1]) for i in (0, 2))
 
         def fetch(i):
-            slot = slot_of(i, code_stages)
+            slot = lax.rem(i - start, code_stages)
             pages = [table[batch, i // cut * pages_at_once + j] for j in range(pages_at_once)]
 
             @plgpu.warp_map
@@ -254,9 +289,8 @@ def _kernel(
             ]
 
         def packed_tile(i, _):
-            slot, code = slot_of(i), slot_of(i, code_stages)
+            code, slot = lax.rem(i - start, code_stages), free(k_read, k_use(i))
             plgpu.barrier_wait(codes_ready.at[code])
-            wait_if_used(k_read, i)
             for part in range(parts):
                 refs = part_of(codes[:key_planes], code, part)
                 here = slice(part * _PART, (part + 1) * _PART)
@@ -273,7 +307,7 @@ def _kernel(
                 k_s.at[slot, here][...] = x * along_rows(scale, d)
             plgpu.commit_smem()
             plgpu.barrier_arrive(k_ready.at[slot])
-            wait_if_used(v_read, i)
+            slot = free(v_read, v_use(i))
             for part in range(parts):
                 refs = codes[key_planes:]
                 if fmt.page_size <= _PART:
@@ -305,16 +339,25 @@ def _kernel(
                 fetch(i + code_stages)
 
         def dense_tile(i, _):
-            slot, here = slot_of(i), pl.ds((i - packed) * tile, tile)
-            wait_if_used(k_read, i)
+            here, slot = pl.ds((i - packed) * tile, tile), free(k_read, k_use(i))
             plgpu.copy_gmem_to_smem(k.at[batch, head, here], k_s.at[slot], k_ready.at[slot])
-            wait_if_used(v_read, i)
+            slot = free(v_read, v_use(i))
             plgpu.copy_gmem_to_smem(v.at[batch, head, :, here], v_s.at[slot], v_ready.at[slot])
 
-        def wait_if_used(read, i):
-            @pl.when(i - start >= stages)
+        def rotation(number, piece, use):
+            slot = free(k_read, use)
+            source = rotations.at[number, piece * width : (piece + 1) * width]
+            plgpu.copy_gmem_to_smem(source, k_s.at[slot, :width], k_ready.at[slot])
+
+        def free(read, use):
+            """The place for this use, once those who read what was there before have done so."""
+            slot = lax.rem(use, stages)
+
+            @pl.when(use >= stages)
             def _():
-                plgpu.barrier_wait(read.at[slot_of(i)])
+                plgpu.barrier_wait(read.at[slot])
+
+            return slot
 
         packed_end = jnp.minimum(packed, end)
         for ahead in range(code_stages):
@@ -323,20 +366,49 @@ def _kernel(
             def _(i=start + ahead):
                 fetch(i)
 
+        for piece in range(pieces):
+            rotation(0, piece, jnp.int32(piece))
         lax.fori_loop(start, packed_end, packed_tile, None)
         lax.fori_loop(jnp.maximum(start, packed), end, dense_tile, None)
+        for piece in range(pieces):
+            rotation(1, piece, k_use(end) + piece)
 
     def consume(number):
-        here = pl.ds(block * ROWS + number * _PART, _PART)
+        here, q_head = pl.ds(tokens[number], _PART), head * group + lax.rem(work[number], group)
         q_here = q_s.at[number]
-        plgpu.copy_gmem_to_smem(q.at[batch, head, here], q_here, q_ready.at[number])
-        scale, *bias = (load_rows(x.at[batch, head, here], interpret) for x in vectors)
-        position = load_rows(place.at[here], interpret) + lengths[batch].astype(jnp.float32)
-        plgpu.barrier_wait(q_ready.at[number])
+        bias = [load_rows(x.at[batch, q_head, here], interpret) for x in biases]
+        place_here = load_rows(place.at[here], interpret)
+        position = place_here + lengths[batch].astype(jnp.float32)
+
+        def rotated(parts, use, store):
+            """Hands `store` the columns of the sum of parts, rotated, a few at a time."""
+            for piece in range(pieces):
+                slot = lax.rem(use + piece, stages)
+                plgpu.barrier_wait(k_ready.at[slot])
+                x = None
+                for part in parts:
+                    x = matmul(part, k_s.at[slot, :width], interpret, x)
+                plgpu.barrier_arrive(k_read.at[slot])
+                store(slice(piece * width, (piece + 1) * width), x)
+
+        x = load_tile(q.at[batch, here, q_head], interpret)
+        unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)
+        unit = jnp.where(unit == 0, 1.0, unit)
+        if not interpret:  # x is not to wait in float32
+            x, unit = lax.optimization_barrier((x, unit))
+        x = x.astype(jnp.float32) * along_rows(1 / unit, d)
+        parts = [x.astype(jnp.float16)]
+        if jnp.dtype(q.dtype).itemsize > 2:
+            parts.append((x - parts[0].astype(jnp.float32)).astype(jnp.float16))
+
+        def store_q(columns, x):
+            q_here.at[:, columns][...] = x.astype(jnp.float16)
+
+        rotated(parts, jnp.int32(0), store_q)
+        plgpu.commit_smem()
+        scale = unit * q_scale[batch, head]
 
         def issue_in_turn():
-            if not _TURNS:
-                return
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
@@ -357,10 +429,11 @@ def _kernel(
 
         def step(i, state, masked):
             acc, total, shift = state
-            slot = slot_of(i)
+            slot = lax.rem(k_use(i), stages)
             plgpu.barrier_wait(k_ready.at[slot])
             s = matmul(q_here, k_s.at[slot], interpret, issued=issue_in_turn)
             plgpu.barrier_arrive(k_read.at[slot])
+            slot = lax.rem(v_use(i), stages)
             plain = not masked and soft_cap is None
             if plain:  # scaled below, in the same instruction that subtracts the shift
                 top = jnp.max(s, axis=1) * scale
@@ -389,11 +462,9 @@ def _kernel(
             if not interpret:
                 # The softmax is not to wait for the other warpgroup.
                 acc, total, shift, p = lax.optimization_barrier((acc, total, shift, p))
-            if _TURNS:
-                plgpu.barrier_arrive(turn)
+            plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
-            if _TURNS:
-                plgpu.barrier_wait(turn)
+            plgpu.barrier_wait(turn)
             acc = matmul(p, v_s.at[slot], interpret, acc)
             plgpu.barrier_arrive(v_read.at[slot])
             return acc, total, shift
@@ -409,10 +480,18 @@ def _kernel(
         acc, total, _ = state
         if number == 0:
             issue_in_turn()
-        q_here[...] = (acc * along_rows(1 / total, d)).astype(jnp.float16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_here, out.at[batch, head, here])
-        plgpu.wait_smem_to_gmem(0)
+        exists = along_rows(place_here, width) < full(
+            (_PART, width), count[batch].astype(jnp.float32)
+        )
+
+        def store_out(columns, x):
+            x = x * out_scale[batch, head]
+            x = jnp.where(exists, x, full((_PART, width), 0.0))
+            to = out.at[batch, here, q_head, columns]
+            store_result(to, x.astype(out.dtype), interpret)
+
+        result = (acc * along_rows(1 / total, d)).astype(jnp.float16)
+        rotated([result], k_use(end), store_out)
 
     for number in range(_CONSUMERS):
 
