@@ -52,7 +52,7 @@ def values(threads: Threads, warpgroup, codes) -> None:
     ops.barrier()  # the codes of the tile before have been read
     for row, (position, active, *rotated) in zip(threads.rows, both, strict=True):
         words, scale = encode_round.rounded(threads, False, *rotated)
-        row += warpgroup * TILE
+        row = warpgroup * TILE + row
         ops.store(ops.address(codes, row, d + PAD, threads.column * threads.quarter), words)
         with ops.when(active):
             page, place = threads.page(position)

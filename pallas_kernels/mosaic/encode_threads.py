@@ -42,7 +42,7 @@ class Place:
 class Arrays:
     """References to the keys' arrays, or the values'."""
 
-    tables: Any  # see `tables`
+    tables: Any  # of `encode_rows`
     page_table: Any
     new: Any
     recent: Any
