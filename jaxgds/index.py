@@ -6,12 +6,13 @@ answers, for one array, where each chunk's bytes are: a range of a file, or
 the bytes themselves when the B-tree holds them inline.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from jaxgds.values import MAX_NODE, Files, ValueLostError, open_values, read_met
 from jaxgds.values import Database as Database
 from jaxgds.values import Extent as Extent
 from jaxgds.values import Source as Source
+from jaxgds.workers import watched
 
 
 ZSTD_BLOCK = 128 << 10  # what a zstd block, of four bytes at least, can at most expand to
@@ -67,7 +69,7 @@ class StoredArray:
         return Extent(source.file, source.offset + at, length)
 
     def chunks(self) -> Iterator[tuple[tuple[int, ...], Source]]:
-        for index in itertools.product(*map(range, self.grid)):
+        for index in indices([range(n) for n in self.grid]):
             yield index, self.chunk(index)
 
     def check_stored(self) -> None:
@@ -84,10 +86,22 @@ class StoredArray:
             raise CheckpointError(f"array {self.name!r}: {e}") from e
         nbytes = math.prod(self.layout.shape) * self.layout.dtype.itemsize
         if nbytes > most:
+            for _, source in self.chunks():  # the first that is missing or too small says more
+                self.check_chunk(source)
             raise CheckpointError(
                 f"array {self.name!r}: shape={self.layout.shape} of {self.layout.dtype} takes "
                 f"{nbytes} bytes, but what is stored can be {most} at most; "
-                "chunks are missing or the metadata is damaged"
+                "the metadata is damaged"
+            )
+
+    def check_chunk(self, source: Source) -> None:
+        """Raises CheckpointError if the bytes of a chunk cannot be those of a whole one."""
+        have, nbytes = nbytes_of(source), self.layout.chunk_nbytes
+        zstd = self.layout.codec == "zstd"
+        if nbytes > decoded_at_most(have) if zstd else nbytes != have:
+            raise CheckpointError(
+                f"array {self.name!r}: {_where(source)}: a chunk of {nbytes} bytes is stored in "
+                f"{have} bytes; the file is truncated or the metadata is damaged"
             )
 
     def _value(self, outer: tuple[int, ...]) -> Source:
@@ -131,6 +145,21 @@ class Index:
     def __init__(self, path: str, values: Mapping[str, Source]):
         self.path = path
         self._values = values
+        self._metadata: dict[str, tuple[bytes | None, bytes | None]] = {}
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Reads the metadata of these arrays; what is wrong with it, `array` says.
+
+        Raises:
+          TimeoutError: the file system does not answer.
+        """
+
+        def work() -> None:
+            for name in names:
+                with contextlib.suppress(CheckpointError):
+                    self._read(name)
+
+        watched(work)
 
     def __contains__(self, name: str) -> bool:
         return any(value_key(name, file) in self._values for file in (".zarray", "zarr.json"))
@@ -147,14 +176,21 @@ class Index:
           CheckpointError: there is none, or its metadata is damaged.
           NotImplementedError: its encoding is not read here (codec, order, filter).
         """
-        v2, v3 = (self._metadata(name, file) for file in (".zarray", "zarr.json"))
+        v2, v3 = self._read(name)
         if v2 is None and v3 is None:
             raise CheckpointError(
                 f"{self.path}: no array {name!r} in this checkpoint; it has {_few(self.names())}"
             )
         return StoredArray(name, zarr.parse(v2, v3, name), self._values)
 
-    def _metadata(self, name: str, file: str) -> bytes | None:
+    def _read(self, name: str) -> tuple[bytes | None, bytes | None]:
+        """`.zarray` and `zarr.json`."""
+        if name not in self._metadata:
+            v2, v3 = (self._read_file(name, file) for file in (".zarray", "zarr.json"))
+            self._metadata[name] = v2, v3
+        return self._metadata[name]
+
+    def _read_file(self, name: str, file: str) -> bytes | None:
         try:
             source = self._values[value_key(name, file)]
         except KeyError:
@@ -184,6 +220,16 @@ def _tail(source: Source, nbytes: int, name: str) -> bytes:
         return read_metadata(source.file, source.offset + source.nbytes - nbytes, nbytes)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"array {name!r}: cannot read {source.file}: {e}") from e
+
+
+def indices(spans: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """`itertools.product` that needs no memory in proportion to the spans."""
+    if all(len(span) < 1 << 16 for span in spans):
+        yield from itertools.product(*spans)
+        return
+    for i in spans[0]:
+        for rest in indices(spans[1:]):
+            yield (i, *rest)
 
 
 def value_key(name: str, rest: str) -> str:

@@ -207,6 +207,7 @@ def _sort_out(self, infos, args) -> tuple[dict[int, Any], dict[int, str]]:
     if not os.path.isdir(folder):
         return {}, dict.fromkeys(everything, f"{folder} is not a local directory")
     index = open_index(folder)
+    index.fetch(info.name for info in infos)
     if isinstance(self, NumpyHandler):
         leaf = functools.partial(_numpy_leaf, index)
     else:

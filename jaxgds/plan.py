@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import Sharding
 
-from jaxgds.errors import CheckpointError
-from jaxgds.index import Extent, Source, StoredArray, decoded_at_most, nbytes_of
+from jaxgds.index import Extent, Source, StoredArray, indices
 from jaxgds.scatter import Box, Destination, Scatter, Segment, moved, strides_of
 from jaxgds.zarr import Codec
 
@@ -119,7 +118,7 @@ def _array_reads(
             range(start // c, -(-stop // c))
             for (start, stop), c in zip(destinations[number].box, layout.chunk, strict=True)
         ]
-        for index in itertools.product(*spans):
+        for index in indices(spans):
             if (
                 index not in sources
             ):  # at once: a grid may name more chunks than memory has room for
@@ -129,10 +128,7 @@ def _array_reads(
     alike: dict[tuple[int, ...], tuple[tuple[int, ...], list[tuple[int, Segment]]]] = {}
     for index, needed_by in wanted.items():
         source = sources[index]
-        if layout.codec == "raw":
-            _check_size(array.name, source, layout.chunk_nbytes)
-        else:
-            _check_expansion(array.name, source, layout.chunk_nbytes)
+        array.check_chunk(source)
         origin = tuple(i * c for i, c in zip(index, layout.chunk, strict=True))
         chunk = Scatter(layout.chunk, origin, layout.dtype.itemsize, destinations, needed_by)
         # Chunks that lie wholly inside the same destinations differ by a shift only, and
@@ -156,27 +152,6 @@ def _part(source: Source, at: int, nbytes: int) -> Source:
     if isinstance(source, bytes):
         return source[at : at + nbytes]
     return Extent(source.file, source.offset + at, nbytes)
-
-
-def _check_size(name: str, source: Source, nbytes: int) -> None:
-    have = nbytes_of(source)
-    if have != nbytes:
-        where = "inline value" if isinstance(source, bytes) else source.file
-        raise CheckpointError(
-            f"array {name!r}: {where}: a chunk of {nbytes} bytes is stored in {have} bytes; "
-            "the file is truncated or the metadata is damaged"
-        )
-
-
-def _check_expansion(name: str, source: Source, nbytes: int) -> None:
-    """Raises CheckpointError if no zstd frame of that size can be as much as the chunk."""
-    have = nbytes_of(source)
-    if nbytes > decoded_at_most(have):
-        where = "inline value" if isinstance(source, bytes) else source.file
-        raise CheckpointError(
-            f"array {name!r}: {where}: a chunk of {nbytes} bytes is stored in {have} bytes, which "
-            "cannot be: the file is truncated or the metadata is damaged"
-        )
 
 
 def _file_order(read: Read) -> tuple[str, int]:

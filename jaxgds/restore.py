@@ -21,6 +21,7 @@ from jaxgds.index import StoredArray
 from jaxgds.plan import Destination, Plan, Read, all_shards, make_plan, summary
 from jaxgds.progress import shown, traced
 from jaxgds.report import TransferReport, is_strict, total
+from jaxgds.workers import watched
 
 
 _log = logging.getLogger("jaxgds")
@@ -90,7 +91,7 @@ def restore(
     def plan() -> list[Read]:
         nonlocal bytes_read, planned
         with _collector_paused(), traced("plan"):
-            made = make_plan(pairs, destinations=destinations)
+            made = watched(lambda: make_plan(pairs, destinations=destinations))
             reads = in_order(made.reads, allocation.order)
         bytes_read, planned = made.source_nbytes, time.perf_counter()
         _log_plan(made)
@@ -183,7 +184,7 @@ def restore_to_host(
     destinations = tuple(Destination(a.name, box, ()) for a, box in zip(stored, whole, strict=True))
     pairs: list[Any] = [(a, None) for a in stored]  # no shardings: the destinations are given
     with _collector_paused(), traced("plan"):
-        plan = make_plan(pairs, destinations=destinations)
+        plan = watched(lambda: make_plan(pairs, destinations=destinations))
     _log_plan(plan)
     planned = time.perf_counter()
     engine = HostEngine()

@@ -5,6 +5,7 @@ directory, symbolic links followed. One exception keeps the Hugging Face cache w
 file of `models--X/snapshots/REVISION/` is a link into `models--X/blobs/`.
 """
 
+import functools
 import json
 import os
 import stat
@@ -15,6 +16,7 @@ from jaxgds import safetensors_header
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray, value_key
 from jaxgds.safetensors_header import DTYPES, Tensor
+from jaxgds.workers import reading, watched
 from jaxgds.zarr import Layout, unfit
 
 
@@ -84,7 +86,7 @@ def open_safetensors(path: str) -> SafetensorsIndex:
         files = {path: None}
     arrays: dict[str, StoredArray | Tensor] = {}
     for file, wanted in files.items():
-        found = read_header(file)
+        found = watched(functools.partial(read_header, file))
         if wanted is not None and not wanted <= found.keys():
             missing = sorted(wanted - found.keys())
             raise CheckpointError(f"{file}: lacks {missing[:8]}, which {path} says it holds")
@@ -104,9 +106,10 @@ def read_header(file: str) -> dict[str, StoredArray | Tensor]:
       CheckpointError: the header is not what the format allows, or does not fit the file.
     """
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would wait for its writer
-            raise CheckpointError(f"{file}: not a regular file")
-        with open(file, "rb") as f:
+        with reading(file):
+            if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would wait for its writer
+                raise CheckpointError(f"{file}: not a regular file")
+        with reading(file), open(file, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             prefix = f.read(8)
             if len(prefix) < 8:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from jaxgds import btree
 from jaxgds.errors import CheckpointError
+from jaxgds.workers import reading, watched
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,9 +40,10 @@ def open_values(path: str) -> "Database | Files":
 
     Raises:
       CheckpointError: its OCDBT manifest or tree is damaged.
+      TimeoutError: the file system does not answer.
     """
     if os.path.exists(os.path.join(path, "manifest.ocdbt")):
-        return Database(_read_tree(path))
+        return Database(watched(lambda: _read_tree(path)))
     return Files(path)
 
 
@@ -128,7 +130,8 @@ def read_metadata(file: str, offset: int = 0, nbytes: int | None = None) -> byte
       OSError: it cannot be read.
       DamagedError: the file ends before, or that is too much for metadata.
     """
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
+    with reading(file):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
     try:
         size = os.fstat(fd).st_size
         nbytes = size if nbytes is None else nbytes
@@ -140,7 +143,8 @@ def read_metadata(file: str, offset: int = 0, nbytes: int | None = None) -> byte
             raise btree.DamagedError(f"{file}: {nbytes} bytes are too many for metadata")
         data = bytearray()
         while len(data) < nbytes:
-            part = os.pread(fd, nbytes - len(data), offset + len(data))
+            with reading(file):
+                part = os.pread(fd, nbytes - len(data), offset + len(data))
             if not part:
                 raise btree.DamagedError(f"{file} became shorter while it was read")
             data += part

@@ -10,8 +10,8 @@ from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import truncated
 from jaxgds.engines.posix import BLOCK, unreadable
-from jaxgds.engines.workers import reading
 from jaxgds.index import Extent
+from jaxgds.workers import reading
 
 
 class CuFileError(RuntimeError):

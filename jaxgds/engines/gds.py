@@ -23,10 +23,10 @@ from jaxgds.engines.host import direct, truncated
 from jaxgds.engines.pinned import PinnedEngine, copy_pieces, ordinal_of
 from jaxgds.engines.posix import BLOCK
 from jaxgds.engines.ring import near
-from jaxgds.engines.workers import reading, run_threads
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
+from jaxgds.workers import reading, run_threads
 
 
 if TYPE_CHECKING:

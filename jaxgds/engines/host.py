@@ -12,12 +12,12 @@ import numpy as np
 import zstandard
 
 from jaxgds.engines.files import OpenFiles
-from jaxgds.engines.workers import reading, run_threads
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Source
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
+from jaxgds.workers import reading, run_threads
 
 
 if TYPE_CHECKING:

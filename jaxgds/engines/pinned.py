@@ -13,10 +13,10 @@ from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import COPIERS_PER_GPU, Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
-from jaxgds.engines.workers import reading, run_threads
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
+from jaxgds.workers import reading, run_threads
 
 
 if TYPE_CHECKING:

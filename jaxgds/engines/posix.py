@@ -6,9 +6,9 @@ import threading
 
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import truncated
-from jaxgds.engines.workers import reading
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent
+from jaxgds.workers import reading
 
 
 # What O_DIRECT demands of offset, length and memory on every file system in use.

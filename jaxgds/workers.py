@@ -32,7 +32,7 @@ _reads: dict[int, tuple[float, str, str]] = {}  # thread -> since when it reads 
 
 
 @contextmanager
-def reading(file: str, array: str) -> Iterator[None]:
+def reading(file: str, array: str = "") -> Iterator[None]:
     """Around a system call on a file: says what a thread waits for, ends one told to stop."""
     if _own.stop is not None and _own.stop.is_set():
         raise _Stopped
@@ -119,6 +119,13 @@ def run_threads(
         raise failed[0]
 
 
+def watched[T](work: Callable[[], T]) -> T:
+    """What `work` returns, on a thread of its own, so that a read that hangs is given up."""
+    result: list[T] = []
+    run_threads([lambda stop: result.append(work())])
+    return result[0]
+
+
 def _join(threads: Sequence[threading.Thread], stop: threading.Event, timeout: float) -> None:
     """Waits until all have ended; TimeoutError once those that have not all hang in a read."""
     while alive := [thread for thread in threads if thread.is_alive()]:
@@ -130,7 +137,8 @@ def _join(threads: Sequence[threading.Thread], stop: threading.Event, timeout: f
             stop.set()
             if len(hanging) == len(reads):
                 _, file, array = min(hanging)
+                what = f"array {array!r}" if array else "metadata"
                 raise TimeoutError(
-                    f"{file}: array {array!r}: a read made no progress for {timeout:g} seconds; "
-                    "the file system does not answer (JAXGDS_READ_TIMEOUT sets the limit)"
+                    f"{file}: {what}: a read made no progress for {timeout:g} seconds; the "
+                    "file system does not answer (JAXGDS_READ_TIMEOUT sets the limit)"
                 )

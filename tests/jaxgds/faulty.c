@@ -1,0 +1,133 @@
+// Preloaded into a process: reads, writes and opens of files whose path contains a given string
+// fail as told by fault(). For Linux on 64 bits, where off_t and off64_t are one.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { NONE, EIO_READ, SHORT_READ, EINTR_READ, END_READ, STALL_READ, EACCES_OPEN, ENOSPC_WRITE };
+
+static volatile int kind;
+static char part[4096] = "\1";
+static volatile int count;  // of faults so far
+
+void fault(int what, const char *path_part) {
+  kind = NONE;
+  strncpy(part, path_part, sizeof part - 1);
+  count = 0;
+  kind = what;
+}
+
+int faults(void) { return count; }
+
+static int hit(int fd) {
+  char link[64], path[4096];
+  if (kind == NONE) return 0;
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t n = readlink(link, path, sizeof path - 1);
+  if (n < 0) return 0;
+  path[n] = 0;
+  return strstr(path, part) != NULL;
+}
+
+// Before a read: what to return instead; -2 for going on, with at most *limit bytes.
+static ssize_t before_read(int fd, size_t *limit) {
+  if (!hit(fd)) return -2;
+  int now = kind;
+  __sync_fetch_and_add(&count, 1);
+  switch (now) {
+    case EIO_READ: errno = EIO; return -1;
+    case EINTR_READ:
+      if (count % 2) { errno = EINTR; return -1; }
+      return -2;
+    case END_READ: return 0;
+    case SHORT_READ: *limit = 1 + count % 1000; return -2;
+    case STALL_READ:
+      while (kind == STALL_READ) nanosleep(&(struct timespec){0, 10000000}, NULL);
+      return -2;
+  }
+  return -2;
+}
+
+#define NEXT(name) static __typeof__(&name) next; if (!next) next = dlsym(RTLD_NEXT, #name)
+
+#define READ(name, params, args)                      \
+  ssize_t name params {                               \
+    NEXT(name);                                       \
+    size_t limit = size;                              \
+    ssize_t instead = before_read(fd, &limit);        \
+    if (instead != -2) return instead;                \
+    if (limit < size) size = limit;                   \
+    return next args;                                 \
+  }
+
+READ(read, (int fd, void *buffer, size_t size), (fd, buffer, size))
+READ(pread, (int fd, void *buffer, size_t size, off_t at), (fd, buffer, size, at))
+READ(pread64, (int fd, void *buffer, size_t size, off64_t at), (fd, buffer, size, at))
+
+#define READV(name, params, args)                                         \
+  ssize_t name params {                                                   \
+    NEXT(name);                                                           \
+    size_t limit = (size_t)-1;                                            \
+    ssize_t instead = before_read(fd, &limit);                            \
+    struct iovec one;                                                     \
+    if (instead != -2) return instead;                                    \
+    if (limit != (size_t)-1 && n > 0 && limit < vectors[0].iov_len) {     \
+      one = (struct iovec){vectors[0].iov_base, limit};                   \
+      vectors = &one;                                                     \
+      n = 1;                                                              \
+    }                                                                     \
+    return next args;                                                     \
+  }
+
+READV(preadv, (int fd, const struct iovec *vectors, int n, off_t at), (fd, vectors, n, at))
+READV(preadv64, (int fd, const struct iovec *vectors, int n, off64_t at), (fd, vectors, n, at))
+READV(preadv2, (int fd, const struct iovec *vectors, int n, off_t at, int flags),
+      (fd, vectors, n, at, flags))
+READV(preadv64v2, (int fd, const struct iovec *vectors, int n, off64_t at, int flags),
+      (fd, vectors, n, at, flags))
+
+#define OPEN(name)                                             \
+  int name(const char *path, int flags, ...) {                 \
+    NEXT(name);                                                \
+    va_list rest;                                              \
+    va_start(rest, flags);                                     \
+    mode_t mode = va_arg(rest, mode_t);                        \
+    va_end(rest);                                              \
+    if (kind == EACCES_OPEN && strstr(path, part)) {           \
+      __sync_fetch_and_add(&count, 1);                         \
+      errno = EACCES;                                          \
+      return -1;                                               \
+    }                                                          \
+    return next(path, flags, mode);                            \
+  }
+
+OPEN(open)
+OPEN(open64)
+
+static int full(int fd) {
+  if (kind != ENOSPC_WRITE || !hit(fd)) return 0;
+  errno = ENOSPC;
+  return __sync_fetch_and_add(&count, 1) > 0;  // the first write still finds room
+}
+
+ssize_t write(int fd, const void *buffer, size_t size) {
+  NEXT(write);
+  return full(fd) ? -1 : next(fd, buffer, size);
+}
+
+ssize_t pwrite64(int fd, const void *buffer, size_t size, off64_t at) {
+  NEXT(pwrite64);
+  return full(fd) ? -1 : next(fd, buffer, size, at);
+}
+
+ssize_t pwrite(int fd, const void *buffer, size_t size, off_t at) {
+  NEXT(pwrite);
+  return full(fd) ? -1 : next(fd, buffer, size, at);
+}
