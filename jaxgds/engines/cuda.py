@@ -24,7 +24,7 @@ _PORTABLE = 1  # pinned for every context, not just the current one
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
 _NOT_READY = 600
 _DISABLE_TIMING = 2
-_NAP = 20e-6  # seconds between two looks at an event
+_NAP = 100e-6  # seconds between two looks at an event: each look takes the interpreter lock
 
 
 class CudaError(RuntimeError):
