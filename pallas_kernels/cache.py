@@ -15,10 +15,6 @@ from pallas_kernels.format import KVFormat, check_head_dim
 from pallas_kernels.rotation import unrotate
 
 
-# Compute capabilities of GPUs where append's implementation None is the kernel.
-_KERNEL_BY_DEFAULT: tuple[str, ...] = ()
-
-
 type Planes = tuple[UInt8[Array, "pages kv_heads _ _"], ...]
 
 
@@ -148,9 +144,9 @@ class KVCache:
 
         lengths: how many of the `new` tokens are valid, from the front; default all.
         implementation: "mosaic_gpu" is one kernel for Hopper and Blackwell GPUs (compiled for
-        Blackwell, not yet run there), "xla" runs everywhere and is what None means. They differ
-        where float32's rounding decides: between two levels that are as near, and in the last place
-        of a scale or a key offset.
+        Blackwell, not yet run there), "xla" runs everywhere; None is the kernel on Hopper, else
+        "xla". They differ where float32's rounding decides: between two levels that are as near,
+        and in the last place of a scale or a key offset.
         Raises ValueError for shapes or dtypes that do not fit, and for more than max_len tokens;
         where lengths are traced that last error cannot be raised: see the class's invariants.
         Raises NotImplementedError for "mosaic_gpu" on another device.
@@ -162,11 +158,10 @@ class KVCache:
         count = jnp.full(batch, new, jnp.int32) if lengths is None else valid_counts(lengths, k)
         total = self.lengths + count
         self._check_room(total)
-        capability = device.compute_capability(self.lengths)
         if implementation == "mosaic_gpu":
             self._require_kernel()
             return self._append_kernel(k, v, count)
-        if implementation == "xla" or capability not in _KERNEL_BY_DEFAULT:
+        if implementation == "xla" or device.compute_capability(self.lengths) != "9.0":
             return self._append(k, v, count)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((self, k, v, count))):
             # Where it will run is certain only once it is lowered.
