@@ -1,7 +1,8 @@
 """`jaxgds bench coldstart`: from the start of a process to its first token, part by part.
 
-A naive script (stock Orbax restores, then the step compiles) against one in which both overlap,
-each in fresh processes on the same prepared checkpoint, with and without a compilation cache.
+A naive script (stock Orbax restores, then the step compiles) against one in which both overlap
+(and imports overlap with the start of the devices), each in fresh processes on the same prepared
+checkpoint, with and without a compilation cache.
 """
 
 # matplotlib is optional.
