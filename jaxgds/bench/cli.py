@@ -1,0 +1,203 @@
+"""The commands `jaxgds bench ...`."""
+
+import argparse
+import dataclasses
+import importlib
+
+from jaxgds.bench.checkpoints import FORMATS
+from jaxgds.show import PLOT, say, show_bench
+
+
+BENCHES = ("restore", "coldstart", "decode", "encode", "prefill", "quality")
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """Adds a subcommand for each of BENCHES."""
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    _add_restore(commands)
+    _add_coldstart(commands)
+    _add_kernels(commands)
+    _add_quality(commands)
+
+
+def _add_restore(commands) -> None:
+    restore = commands.add_parser(
+        "restore",
+        parents=[PLOT],
+        help="jaxgds, Orbax and other loaders on the same bytes",
+        description="Makes checkpoints of the same arrays in several formats, and restores each "
+        "with every loader that is installed, in fresh processes, onto the first device. "
+        "Rates are of restored bytes; ratios are against the pinned-copy ceiling (hot) or the "
+        "O_DIRECT ceiling (--cold).",
+    )
+    restore.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
+    restore.add_argument("--size", type=float, default=2, metavar="GB", help="of each checkpoint")
+    restore.add_argument(
+        "--formats", type=_words, default=FORMATS, help="comma-separated, of " + ", ".join(FORMATS)
+    )
+    restore.add_argument("--repeat", type=int, default=3, help="calls in each process")
+    restore.add_argument("--cold", action="store_true", help="drop the page cache before each call")
+    restore.set_defaults(run=_restore)
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from jaxgds.bench import restore
+
+    if unknown := set(args.formats) - set(FORMATS):
+        raise ValueError(f"--formats: {sorted(unknown)} are not among {FORMATS}")
+    size = int(args.size * 1e9)
+    found = restore.run(args.dir, args.formats, size, args.repeat, args.cold, report=say)
+    return show_bench(args, found, restore)
+
+
+def _add_coldstart(commands) -> None:
+    coldstart = commands.add_parser(
+        "coldstart",
+        parents=[PLOT],
+        help="from the start of a process to its first token, part by part",
+        description="Makes a prepared checkpoint of random weights, and runs to the first token in "
+        "fresh processes: stock Orbax and then compilation, against both at once, with a cold and "
+        "a warm compilation cache. The model is that of examples/serve_llama.py: run it from a "
+        "checkout with the examples extra.",
+    )
+    coldstart.add_argument("--model", default="llama-3.1-8b", help="as for plan")
+    coldstart.add_argument("--layers", type=int, help="fewer of them than the model has")
+    coldstart.add_argument("--weights", default="bf16", choices=("bf16", "fp8"))
+    coldstart.add_argument("--devices", type=int, default=1, help="the model is split over")
+    coldstart.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
+    coldstart.add_argument("--repeat", type=int, default=1, help="processes for each case")
+    coldstart.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
+    coldstart.set_defaults(run=_coldstart)
+
+
+def _coldstart(args: argparse.Namespace) -> int:
+    from jaxgds import models
+    from jaxgds.bench import coldstart
+
+    config = models.read_config(args.model)
+    if args.layers is not None:
+        config |= {"num_hidden_layers": args.layers}
+    options = {name: getattr(args, name) for name in ("devices", "prompt", "repeat")}
+    found = coldstart.run(args.dir, config, args.weights, **options, report=say)
+    return show_bench(args, found, coldstart)
+
+
+def _add_kernels(commands) -> None:
+    """decode, encode and prefill; each option sets the field of the bench's Sizes of its name."""
+    shape = argparse.ArgumentParser(add_help=False, parents=[PLOT])
+    shape.add_argument(
+        "--batch", type=_numbers, dest="batches", help="comma-separated numbers of sequences"
+    )
+    shape.add_argument(
+        "--formats", type=_words, help="comma-separated, such as K4V4 (bits of keys, values)"
+    )
+    shape.add_argument("--head-dim", type=int, choices=(64, 128, 256))
+    shape.add_argument("--kv-heads", type=int)
+    shape.add_argument("--repeat", type=int, help="calls a median is taken of")
+    decode = commands.add_parser(
+        "decode",
+        parents=[shape],
+        help="decode attention over compressed KV caches, against bf16 and ideal FP8",
+        description="Checks the GPU kernels against the xla implementation, then times them: "
+        "every format at every batch and number of tokens, with cuDNN and XLA in bf16, and the "
+        "time that FP8 keys and values would take at the measured copy bandwidth. Without a GPU, "
+        "xla alone on a small size.",
+    )
+    decode.add_argument(
+        "--seq", type=_numbers, dest="seqs", help="comma-separated tokens a sequence"
+    )
+    decode.add_argument("--group", type=int, help="query heads a KV head")
+    encode = commands.add_parser(
+        "encode",
+        parents=[shape],
+        help="appends to compressed KV caches, against the copy bandwidth",
+        description="Checks the GPU kernel against the xla implementation, then times both: "
+        "every number of new tokens, appended in place to a cache of every format. Rates are of "
+        "bytes that have to be read and written. Without a GPU, xla alone on a small size.",
+    )
+    encode.add_argument(
+        "--tokens", type=_numbers, help="comma-separated tokens an append adds to a sequence"
+    )
+    encode.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of new tokens")
+    prefill = commands.add_parser(
+        "prefill",
+        parents=[shape],
+        help="attention of a prompt over a compressed KV cache, against bf16 flash attention",
+        description="Checks the GPU kernel against the xla implementation, then times the "
+        "attention of all chunks of a prompt, each over the packed tokens before it, beside "
+        "cuDNN's bf16 attention of the whole prompt. Without a GPU, xla alone on a small size.",
+    )
+    prefill.add_argument(
+        "--seq", type=_numbers, dest="seqs", help="comma-separated tokens of a prompt"
+    )
+    prefill.add_argument("--chunk", type=int, help="tokens read at a time")
+    prefill.add_argument("--group", type=int, help="query heads a KV head")
+    for kernel in (decode, encode, prefill):
+        kernel.set_defaults(run=_kernel)
+
+
+def _kernel(args: argparse.Namespace) -> int:
+    import jax
+
+    bench = importlib.import_module(f"jaxgds.bench.{args.bench}")
+    sizes = bench.GPU if jax.devices()[0].platform == "gpu" else bench.CPU
+    names = [field.name for field in dataclasses.fields(sizes)]
+    asked = {n: x for n in names if (x := getattr(args, n, None)) is not None}
+    found = bench.run(
+        dataclasses.replace(sizes, **asked), args.formats or bench.FORMATS, report=say
+    )
+    return show_bench(args, found, bench)
+
+
+def _add_quality(commands) -> None:
+    quality = commands.add_parser(
+        "quality",
+        parents=[PLOT],
+        help="perplexity and KL of compressed KV caches against bf16",
+        description="Reads a text with a small model through each cache, chunk by chunk, and "
+        "compares the next-token distributions with those of a bf16 cache. The model code comes "
+        "from the repository's examples/: run it from a checkout with the examples extra.",
+    )
+    quality.add_argument("--model", default="smollm2", choices=("smollm2", "gemma3"))
+    quality.add_argument("--dir", default=".demo", help="where downloads are kept")
+    quality.add_argument(
+        "--formats", type=_words, help="comma-separated, such as K4V4 (keys, values) or fp8"
+    )
+    quality.add_argument(
+        "--window", type=_numbers, default=(128,), help="newest tokens in bf16; comma-separated"
+    )
+    quality.add_argument(
+        "--sinks", type=_numbers, default=(4,), help="first tokens in bf16; comma-separated"
+    )
+    quality.add_argument(
+        "--key-offset", default="on", choices=("on", "off", "both"), help="subtract a mean key"
+    )
+    quality.add_argument("--texts", type=int, help="how many texts are read")
+    quality.add_argument("--tokens", type=int, help="of each text")
+    quality.add_argument("--chunk", type=int, default=64, help="tokens read at a time")
+    quality.set_defaults(run=_quality)
+
+
+def _quality(args: argparse.Namespace) -> int:
+    from jaxgds.bench import quality
+
+    offsets = {"on": (True,), "off": (False,), "both": (True, False)}[args.key_offset]
+    settings = quality.Settings(windows=args.window, sinks=args.sinks, key_offset=offsets)
+    caches = quality.cases(args.formats or quality.FORMATS, settings)
+    name, texts, tokens = quality.MODELS[args.model]
+    model, tokens, text = quality.load(
+        args.model, args.dir, args.texts or texts, args.tokens or tokens
+    )
+    found = quality.run(model, tokens, caches, args.chunk) | {"model": name, "text": text}
+    return show_bench(args, found, quality)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+_numbers.__name__ = "comma-separated numbers"  # for argparse's errors
