@@ -26,6 +26,7 @@ def load(
     *,
     rename: Callable[[str], str | None] | None = None,
     strict: bool | None = None,
+    verify: bool = False,
 ) -> Any:
     """Restores a checkpoint of Orbax or of safetensors files.
 
@@ -40,15 +41,23 @@ def load(
         (None leaves the tensor out).
       strict: raise `FallbackError` instead of restoring an array by slower means; None asks
         the environment variable JAXGDS_STRICT.
+      verify: compare the whole checkpoint with its checksums before it is restored, as `jaxgds
+        verify` does; it is read twice then.
 
     Returns:
       A pytree like `target`; `jaxgds.last_report()` says how it was read.
 
     Raises:
       CheckpointError: no checkpoint there, or a damaged one.
-      ValueError: `target` does not fit the checkpoint.
+      ValueError: `target` does not fit the checkpoint, or `verify` finds no checksums.
+      NotImplementedError: a safetensors file has elements of less than a byte.
+      TimeoutError: the file system does not answer.
     """
     path = os.path.abspath(os.fspath(path))
+    if verify:
+        from jaxgds.verify import require
+
+        require(path)
     if is_safetensors(path):
         return _load_safetensors(path, target, rename or (lambda name: name), strict)
     if rename is not None:
@@ -81,7 +90,7 @@ def _check_metadata(folder: str) -> None:
     try:
         with open(file, "rb") as f:
             json.load(f)["tree_metadata"]
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{file}: damaged checkpoint metadata: {e!r}") from e
 
 
