@@ -31,11 +31,16 @@ _own = _Own()
 _reads: dict[int, tuple[float, str, str]] = {}  # thread -> since when it reads which file and array
 
 
+def check_stop() -> None:
+    """Ends a thread of `run_threads` that was told to stop."""
+    if _own.stop is not None and _own.stop.is_set():
+        raise _Stopped
+
+
 @contextmanager
 def reading(file: str, array: str = "") -> Iterator[None]:
     """Around a system call on a file: says what a thread waits for, ends one told to stop."""
-    if _own.stop is not None and _own.stop.is_set():
-        raise _Stopped
+    check_stop()
     thread = threading.get_ident()
     _reads[thread] = time.monotonic(), file, array
     try:

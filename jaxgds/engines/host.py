@@ -17,7 +17,7 @@ from jaxgds.index import Source
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
-from jaxgds.workers import reading, run_threads
+from jaxgds.workers import check_stop, reading, run_threads
 
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def fill(readinto: Callable[[memoryview], int], view: memoryview, read: Read) ->
     """Fills `view` with the next bytes of `read`; CheckpointError if there are too few."""
     done = 0
     while done < len(view):
+        check_stop()
         n = readinto(view[done : done + STEP])
         if not n:
             raise truncated(read.source, read.array, len(view) - done)

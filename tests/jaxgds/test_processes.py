@@ -1,0 +1,152 @@
+"""What a process holds after many restores; Ctrl-C, fork, and restores from several threads."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from safetensors.numpy import save_file
+
+import jaxgds
+
+
+HERE = pathlib.Path(__file__).parent
+RNG = np.random.default_rng(0)
+TREE = {f"w{i}": RNG.integers(0, 256, (200, 100 + i)).astype(np.float32) for i in range(4)}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Of all formats, whole and damaged."""
+    folder = tmp_path_factory.mktemp("processes")
+    tree = {name: jnp.asarray(x) for name, x in TREE.items()}
+    paths = []
+    for fmt in oracle.FORMATS:
+        paths.append(pathlib.Path(oracle.save(folder / oracle.format_id(fmt), tree, fmt)))
+        paths.append(pathlib.Path(oracle.save(folder / f"bad-{oracle.format_id(fmt)}", tree, fmt)))
+        data = max((f for f in paths[-1].rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+        os.truncate(data, data.stat().st_size // 3)
+    for name in ("m.safetensors", "bad.safetensors"):
+        save_file(TREE, folder / name)
+        paths.append(folder / name)
+    os.truncate(paths[-1], 5000)
+    return paths
+
+
+def python(*args, **more) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **more)
+
+
+def test_nothing_is_left_after_many_restores(checkpoints):
+    """JAXGDS_RESTORES=1000 makes it many more."""
+    count = int(os.environ.get("JAXGDS_RESTORES", "180"))
+    process = python(HERE / "leak_process.py", count, *checkpoints)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-4000:]
+    found = json.loads(out.splitlines()[-1])
+    before, after = found["before"], found["after"]
+    assert found["restored"] > count / 3 and found["refused"] > count / 3
+    assert after["files"] == before["files"]
+    assert after["arrays"] == before["arrays"]
+    assert after["python threads"] == before["python threads"]
+    assert after["threads"] <= before["threads"]
+    # 0.3 MB of weights each: a restore that keeps its arrays would take ten times as much.
+    assert after["bytes"] - before["bytes"] < count * 30_000, (before, after)
+    print(before, after)
+
+
+INTERRUPTED = """
+import os, sys, threading, time
+import jax, jaxgds, numpy as np
+path = sys.argv[1]
+whole = jaxgds.load(path)
+for _ in range(int(sys.argv[2])):
+    print("ready", flush=True)
+    try:
+        while True:
+            jaxgds.load(path)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+again = jaxgds.load(path)
+assert all(np.array_equal(again[name], x) for name, x in whole.items())
+left = [t.name for t in threading.enumerate() if t.name.startswith("jaxgds")]
+print("done", left, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["zstd", "raw"])
+def test_control_c(tmp_path, kind):
+    """At moments of all sorts, also while one chunk of 64 MB is decoded: the next restore works."""
+    big = np.zeros((1 << 24,), np.float32)
+    big[::1000] = np.arange(big[::1000].size)
+    oracle.save(tmp_path / "c", {"w": jnp.asarray(big)}, (True, False, kind == "zstd"))
+    times = 5
+    process = python("-c", INTERRUPTED, tmp_path / "c", times)
+    assert process.stdout is not None
+    for number in range(times):
+        assert process.stdout.readline() == "ready\n", process.communicate()[1][-3000:]
+        time.sleep(0.01 * 2**number)
+        process.send_signal(signal.SIGINT)
+        line = process.stdout.readline()
+        assert line == "interrupted\n", (line, process.communicate()[1][-3000:])
+    out, err = process.communicate(timeout=100)
+    assert out == "done []\n", err[-3000:]
+
+
+FORKED = """
+import os, sys
+import jaxgds, jaxgds.orbax
+path = sys.argv[1]
+children = []
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        tree = jaxgds.load(path)
+        os._exit(0 if float(tree["w0"][0, 0]) == float(sys.argv[2]) else 3)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+tree = jaxgds.load(path)
+print(codes, float(tree["w0"][0, 0]))
+"""
+
+
+def test_fork_after_import(checkpoints):
+    """Before JAX is used: after that JAX itself forbids it."""
+    process = python("-c", FORKED, checkpoints[0], TREE["w0"][0, 0])
+    out, err = process.communicate(timeout=100)
+    assert out == f"[0, 0] {TREE['w0'][0, 0]}\n", err[-3000:]
+
+
+def test_several_threads_at_once(checkpoints):
+    """Whole and damaged ones, each with its own outcome."""
+    outcomes: dict[int, list[str]] = {}
+
+    def work(number: int) -> None:
+        outcomes[number] = []
+        for path in checkpoints[number:] + checkpoints[:number]:
+            try:
+                tree = jaxgds.load(path)
+                same = all(np.array_equal(tree[name], x) for name, x in TREE.items())
+                outcomes[number].append("good" if same else "DIFFERENT")
+            except jaxgds.CheckpointError:
+                outcomes[number].append("bad")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    want = ["bad" if "bad" in path.name else "good" for path in checkpoints]
+    for number, found in outcomes.items():
+        assert found == want[number:] + want[:number]
