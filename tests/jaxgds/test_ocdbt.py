@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tensorstore as ts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgds import ocdbt
@@ -47,6 +47,7 @@ def height(folder) -> int:
     return dump["versions"][-1]["root_height"]
 
 
+@settings(deadline=None)
 @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=60), st.sampled_from((64, 400, 1 << 20)))
 def test_tensorstore_reads_every_value(values, node_bytes):
     with tempfile.TemporaryDirectory() as folder:

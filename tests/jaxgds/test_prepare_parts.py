@@ -40,6 +40,7 @@ def stored(draw) -> tuple[np.ndarray, tuple[int, ...], str]:
     return x, chunk, draw(st.sampled_from(("raw", "zstd")))
 
 
+@settings(deadline=None)
 @given(stored(), st.integers(1, 60), st.booleans())
 def test_slabs_of_a_stored_array_make_the_array(case, limit, in_file):
     x, chunk, codec = case
@@ -100,6 +101,7 @@ def sharded(draw) -> tuple[Array, Mesh]:
     return Array((("w", 2),), "jax.Array", shape, np.dtype(dtype), fixed, parts), mesh
 
 
+@settings(deadline=None)
 @given(sharded(), st.integers(1, 40), st.integers(0, 60))
 def test_boxes_that_are_written_make_the_shards(case, limit, inline):
     array, mesh = case
@@ -125,6 +127,7 @@ def test_boxes_that_are_written_make_the_shards(case, limit, inline):
                 assert value == expected
 
 
+@settings(deadline=None)
 @given(st.lists(sharded(), min_size=1, max_size=6), st.integers(1, 5))
 def test_places_do_not_overlap(cases, pages):
     mesh = Mesh({"a": 3, "b": 3, "c": 3})

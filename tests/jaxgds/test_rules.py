@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -55,6 +55,7 @@ def test_shipped_rules_are_megatrons(model_type):
 AXES = {"a": 2, "b": 2, "c": 2}
 
 
+@settings(deadline=None)
 @given(st.permutations("abc"), st.lists(st.integers(0, 2), min_size=3, max_size=3), st.data())
 def test_each_part_is_owned_by_the_lowest_rank_that_jax_gives_it(axes, dims, data):
     """Axes a, b and c, in some order, each split one of the dimensions (or none)."""
