@@ -40,13 +40,17 @@ class SavedShardings:
                 self._strings = {urlsafe_b64decode(k).decode(): v for k, v in encoded.items()}
             except FileNotFoundError:
                 self._strings = {}
-            except (ValueError, AttributeError) as e:
-                raise CheckpointError(f"{self._file}: damaged sharding file: {e}") from e
+            except OSError as e:
+                raise CheckpointError(f"{self._file}: cannot be read: {e}") from e
+            except (ValueError, AttributeError, TypeError, RecursionError) as e:
+                raise CheckpointError(f"{self._file}: damaged sharding file: {e!r}") from e
         text = self._strings.get(name)
         if not text:
             raise NotImplementedError("no sharding was given and none was saved")
         try:
             return sharding_metadata.from_serialized_string(text).to_jax_sharding()
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as e:
+            raise CheckpointError(f"{self._file}: array {name!r}: damaged sharding: {e!r}") from e
         except (ValueError, NotImplementedError) as e:
             raise NotImplementedError(f"its saved sharding does not fit here: {e}") from e
 
@@ -66,6 +70,8 @@ def random_keys(folder: str) -> dict[str, str]:
                 array = entry["array_metadata"]
                 if impl := (array["ext_metadata"] or {}).get("random_key_impl"):
                     names[array["param_name"]] = impl
-        except (ValueError, KeyError, TypeError) as e:
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be read: {e}") from e
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: damaged array metadata: {e!r}") from e
     return names

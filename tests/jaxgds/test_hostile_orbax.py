@@ -1,5 +1,6 @@
 """Hostile Orbax checkpoints: refused with a CheckpointError, before memory is spent."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -267,6 +268,34 @@ def test_a_shard_with_more_chunks_than_bytes(saved):
 
     change(path, {"w/zarr.json": edit})
     with pytest.raises(jaxgds.CheckpointError, match="'w'.*no shard of"):
+        jaxgds.load(path)
+
+
+# The files beside the arrays
+
+
+SHARDINGS = [
+    *("[]", "5", "null", '{"w":', "[" * 10000, '{"%": "a"}', "\xff"),
+    *({"dw==": x} for x in ("{}", "[]", "null", "[" * 100000, 5, ["a"])),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("content", SHARDINGS, ids=lambda c: str(c)[:20])
+def test_a_damaged_sharding_file(saved, content):
+    path = saved((True, False), True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (path / "_sharding").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="_sharding"):
+        jaxgds.load(path)
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "array_metadatas/process_0"])
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", "[" * 100000, '{"array_metadatas": [5]}'])
+def test_damaged_metadata_of_orbax(saved, file, text):
+    path = saved((True, False), True)
+    (path / file).write_text(text)
+    with pytest.raises(jaxgds.CheckpointError, match=file):
         jaxgds.load(path)
 
 
