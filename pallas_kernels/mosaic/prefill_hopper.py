@@ -7,8 +7,8 @@ then the others, which `prefill` rotates. Three warpgroups share the work:
     consumers  64 queries each, which they rotate: S = q K^T, online softmax, O += P V, where P
                never leaves the registers; at the end they rotate O back
 
-The scales of the vectors are multiplied in by the producer, half an instruction an element. The
-consumers take turns, so that one's softmax runs while the other's products do.
+The scales of the vectors are multiplied in by the producer, half an instruction an element. While
+one consumer waits for its products, the other can do its softmax: taking turns at that was slower.
 """
 
 import functools
@@ -156,7 +156,6 @@ def attention(
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_CONSUMERS),
         ),
         grid=(batch, heads, pl.cdiv(group * (new // _PART), _CONSUMERS)),
         grid_names=("batch", "head", "block"),
@@ -226,25 +225,29 @@ def _kernel(
     refs = list(refs)
     planes, refs = refs[: key_planes + value_planes], refs[key_planes + value_planes :]
     biases, (out, q_s, k_s, v_s, codes, scales, *barriers) = refs[:bias], refs[bias:]
-    codes_ready, k_ready, v_ready, k_read, v_read, turn = barriers
+    codes_ready, k_ready, v_ready, k_read, v_read = barriers
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
     tile, d = k_s.shape[1:]
     parts = tile // _PART
     # Each consumer has 64 tokens of one query head; those after the others first, as they see more.
-    work = group * (q.shape[1] // _PART)
-    work = [jnp.maximum(work - 1 - _CONSUMERS * block - i, 0) for i in range(_CONSUMERS)]
-    tokens = [x // group * _PART for x in work]
+    last_work = group * (q.shape[1] // _PART) - 1 - _CONSUMERS * block
+
+    def work_of(consumer):
+        """Its first token, and which head of the group."""
+        work = jnp.maximum(last_work - consumer, 0)
+        return work // group * _PART, lax.rem(work, group)
+
+    first_token, last_token = work_of(_CONSUMERS - 1)[0], work_of(0)[0] + _PART - 1
 
     # The tiles that this block attends to, from its first token and up to its last one.
     packed = base[batch] // tile
     ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
     start = jnp.int32(0)
-    newest = ahead + tokens[0] + _PART - 1
-    end = packed + jnp.minimum(newest // tile, k.shape[2] // tile - 1) + 1
-    whole = packed + (ahead + tokens[-1] + 1) // tile  # from here on masked
+    end = packed + jnp.minimum((ahead + last_token) // tile, k.shape[2] // tile - 1) + 1
+    whole = packed + (ahead + first_token + 1) // tile  # from here on masked
     if sliding_window is not None:
-        oldest = lengths[batch] + tokens[-1] + 1 - sliding_window
+        oldest = lengths[batch] + first_token + 1 - sliding_window
         start = jnp.maximum(oldest - fmt.sinks, 0) // tile
         whole = start
     # Before and after the keys, the places of keys take what rotates queries and results.
@@ -373,9 +376,9 @@ def _kernel(
         for piece in range(pieces):
             rotation(1, piece, k_use(end) + piece)
 
-    def consume(number):
-        here, q_head = pl.ds(tokens[number], _PART), head * group + lax.rem(work[number], group)
-        q_here = q_s.at[number]
+    def consume():
+        token, of_group = work_of(warpgroup)
+        here, q_head, q_here = pl.ds(token, _PART), head * group + of_group, q_s.at[warpgroup]
         bias = [load_rows(x.at[batch, q_head, here], interpret) for x in biases]
         place_here = load_rows(place.at[here], interpret)
         position = place_here + lengths[batch].astype(jnp.float32)
@@ -408,10 +411,6 @@ def _kernel(
         plgpu.commit_smem()
         scale = unit * q_scale[batch, head]
 
-        def issue_in_turn():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
         def visible(i):
             """Which tokens of tile i each query attends to, bool [queries, tokens]."""
             is_packed = (i < packed).astype(jnp.int32)
@@ -431,7 +430,7 @@ def _kernel(
             acc, total, shift = state
             slot = lax.rem(k_use(i), stages)
             plgpu.barrier_wait(k_ready.at[slot])
-            s = matmul(q_here, k_s.at[slot], interpret, issued=issue_in_turn)
+            s = matmul(q_here, k_s.at[slot], interpret)
             plgpu.barrier_arrive(k_read.at[slot])
             slot = lax.rem(v_use(i), stages)
             plain = not masked and soft_cap is None
@@ -460,17 +459,13 @@ def _kernel(
             total = total + jnp.sum(p, axis=1)
             p = p.astype(jnp.float16)
             if not interpret:
-                # The softmax is not to wait for the other warpgroup.
+                # The softmax is not to wait for V.
                 acc, total, shift, p = lax.optimization_barrier((acc, total, shift, p))
-            plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
-            plgpu.barrier_wait(turn)
             acc = matmul(p, v_s.at[slot], interpret, acc)
             plgpu.barrier_arrive(v_read.at[slot])
             return acc, total, shift
 
-        if number == 1:
-            issue_in_turn()
         by_row = plgpu.Layout.WGMMA.reduce(1)
         state = full((_PART, d), 0.0), full((_PART,), 0.0, by_row), full((_PART,), LOWEST, by_row)
         whole_end = jnp.minimum(whole, end)
@@ -478,8 +473,6 @@ def _kernel(
             state = lax.fori_loop(start, whole_end, functools.partial(step, masked=False), state)
         state = lax.fori_loop(whole_end, end, functools.partial(step, masked=True), state)
         acc, total, _ = state
-        if number == 0:
-            issue_in_turn()
         exists = along_rows(place_here, width) < full(
             (_PART, width), count[batch].astype(jnp.float32)
         )
@@ -493,13 +486,11 @@ def _kernel(
         result = (acc * along_rows(1 / total, d)).astype(jnp.float16)
         rotated([result], k_use(end), store_out)
 
-    for number in range(_CONSUMERS):
-
-        @pl.when(warpgroup == number)
-        def _(number=number):
-            if not interpret:
-                plgpu.set_max_registers(_REGISTERS[d][0], action="increase")
-            consume(number)
+    @pl.when(warpgroup < _CONSUMERS)
+    def _():
+        if not interpret:
+            plgpu.set_max_registers(_REGISTERS[d][0], action="increase")
+        consume()
 
     @pl.when(warpgroup == _CONSUMERS)
     def _():

@@ -40,19 +40,14 @@ def smem(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=tiled)
 
 
-def matmul(a, b, interpret, acc=None, issued=lambda: None) -> Any:
-    """acc + a @ b.T, a in registers or shared memory [m, k], b in shared memory [n, k].
-
-    issued: called once the tensor cores have the product to do, before it is waited for.
-    """
+def matmul(a, b, interpret, acc=None) -> Any:
+    """acc + a @ b.T, a in registers or shared memory [m, k], b in shared memory [n, k]."""
     if interpret:
-        issued()
         product = jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32).T)
         return product if acc is None else acc + product
 
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, a, b.T)
-        issued()
         if acc is None:
             return acc_ref[...]
 

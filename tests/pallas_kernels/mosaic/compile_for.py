@@ -23,6 +23,7 @@ def decode(
     head_dim: int,
     group: int,
     page_size: int = 64,
+    sliding_window: int | None = None,
 ):
     """What is compiled, and its arguments (arrays or their shapes and dtypes)."""
     import jax
@@ -34,7 +35,35 @@ def decode(
     fmt = pk.KVFormat(key_bits, value_bits, page_size=page_size)
     cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 8, 4096, 8, head_dim))
     q = jax.ShapeDtypeStruct((8, 8 * group, head_dim), jnp.bfloat16)
-    return partial(mosaic.decode_attention, architecture=architecture), (q, cache)
+    # What caps scores and what ends a window is compiled together.
+    soft_cap = None if sliding_window is None else 30.0
+    options = dict(soft_cap=soft_cap, sliding_window=sliding_window)
+    return partial(mosaic.decode_attention, architecture=architecture, **options), (q, cache)
+
+
+def prefill(
+    architecture: str,
+    key_bits: int,
+    value_bits: int,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    sliding_window: int | None = None,
+):
+    """Of a chunk of 1,024 tokens."""
+    del architecture  # Hopper's
+    import jax
+    import jax.numpy as jnp
+
+    import pallas_kernels as pk
+    from pallas_kernels import mosaic
+
+    fmt = pk.KVFormat(key_bits, value_bits, page_size=page_size)
+    cache = jax.eval_shape(lambda: pk.KVCache.create(fmt, 2, 8192, 8, head_dim))
+    q = jax.ShapeDtypeStruct((2, 1024, 8 * group, head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 1024, 8, head_dim), jnp.bfloat16)
+    options = dict(sliding_window=sliding_window)
+    return partial(mosaic.prefill_attention, **options), (q, kv, kv, cache)
 
 
 def encode(
@@ -57,7 +86,7 @@ def encode(
     return jax.jit(append, donate_argnums=0), (cache, new_tokens, new_tokens, count)
 
 
-KERNELS = {"decode": decode, "encode": encode}
+KERNELS = {"decode": decode, "encode": encode, "prefill": prefill}
 ARCHITECTURES = {9: "hopper", 10: "blackwell"}
 
 
