@@ -7,9 +7,10 @@ with one name the last counts), then `Metadata::validate` (in offset order tenso
 and do not overlap; no product of sizes exceeds 64 bits). Source: safetensors/src/tensor.rs.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -164,19 +165,23 @@ def _check_metadata(value: Any) -> None:
 
 
 def _check_ignored(value: Any, depth: int) -> None:
-    """What nobody reads must be JSON that serde_json takes, too."""
-    todo: list[tuple[Any, int]] = [(value, depth)]
-    while todo:
-        item, depth = todo.pop()
-        if isinstance(item, str):
+    """What nobody reads must be JSON that serde_json takes, too.
+
+    Args:
+      depth: levels that `value` lies below.
+    """
+    inside: list[Iterator[Any]] = [iter((value,))]
+    while inside:
+        item = next(inside[-1], inside)
+        if item is inside:
+            inside.pop()
+        elif isinstance(item, str):
             _check_text(item)
         elif isinstance(item, list):
-            if depth == MAX_DEPTH:
+            if depth + len(inside) > MAX_DEPTH:
                 raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
-            inner: Sequence[Any] = item
-            if isinstance(item, _Object):
-                inner = [part for pair in item for part in pair]
-            todo += [(part, depth + 1) for part in inner]
+            pairs = isinstance(item, _Object)
+            inside.append(itertools.chain.from_iterable(item) if pairs else iter(item))
 
 
 def _check_text(string: str) -> None:
