@@ -76,8 +76,8 @@ def prefill_attention(
     The chunk is appended afterwards (`cache.append(k, v, lengths)`). lengths: how many of its
     tokens are valid, from the front, default all; the others give zeros. k and v are rounded to
     bf16, as the cache stores them. sliding_window counts the query's own token. Otherwise as
-    `decode_attention`, but that the kernel is for Hopper alone, for any number of queries, and only
-    used where "mosaic_gpu" is asked for.
+    `decode_attention`, but that the kernel is for any number of queries, and only used where
+    "mosaic_gpu" is asked for.
     """
     name = "q [batch, new, q_heads, head_dim]"
     _check(name, q, 4, cache, implementation, soft_cap, sliding_window)
@@ -108,11 +108,17 @@ def prefill_attention(
     def kernel(q, k, v, cache, count):
         from pallas_kernels import mosaic
 
-        if (architecture := mosaic.architecture(q)) != "hopper":
-            raise NotImplementedError(f'{architecture=} has no prefill kernel; use "xla" or None')
-        fixed = None if scale is None else float(scale)
-        options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
-        return mosaic.prefill_attention(q, k, v, cache, fixed, count, **options)
+        return mosaic.prefill_attention(
+            q,
+            k,
+            v,
+            cache,
+            None if scale is None else float(scale),
+            count,
+            soft_cap=soft_cap,
+            sliding_window=sliding_window,
+            architecture=mosaic.architecture(q),
+        )
 
     # To be True once the kernel's GPU tests (make test-gpu) have passed.
     return _choose(implementation, plain, kernel, lambda: False, q, k, v, cache, count)

@@ -52,10 +52,11 @@ def matmul(a, b, interpret, acc=None) -> Any:
     return plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
 
 
-def publish(x, limit: float, interpret):
-    """Barrier after which tcgen05 sees what was written; is any x in the block above the limit?
+def publish(x, limit: float, interpret, layout: Any = LAYOUT, alone: bool = True):
+    """Barrier after which tcgen05 sees what was written; is any x of the warpgroup over the limit?
 
     Written: to shared and to tensor memory. What was loaded from tensor memory may be overwritten.
+    alone: the block has no other warpgroup.
     """
     if interpret:
         plgpu.commit_smem()
@@ -64,7 +65,7 @@ def publish(x, limit: float, interpret):
         return jnp.any(x > limit).astype(jnp.int32)
 
     @levels.inline(
-        arg_types=(LAYOUT,),
+        arg_types=(layout,),
         return_type=levels.array((), jnp.int32, plgpu.Layout.WG_SPLAT(())),
     )
     def publish(_, x):
@@ -77,14 +78,18 @@ def publish(x, limit: float, interpret):
         largest = functools.reduce(arith.maxnumf, values)
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
         # Barrier 1 is the first warpgroup's; 0 is the whole block's.
+        barrier = levels._c(1)
+        if not alone:
+            warpgroup = arith.shrui(mgpu.utils.thread_idx(), levels._c(7))
+            barrier = arith.addi(warpgroup, barrier)
         any_over = llvm.inline_asm(
             i32,
-            [largest, arith.constant(ir.F32Type.get(), limit)],
+            [largest, arith.constant(ir.F32Type.get(), limit), barrier],
             "{ .reg .pred p, q; setp.gt.f32 p, $1, $2;"
             " tcgen05.wait::ld.sync.aligned; tcgen05.wait::st.sync.aligned;"
-            " tcgen05.fence::before_thread_sync; bar.red.or.pred q, 1, 128, p;"
+            " tcgen05.fence::before_thread_sync; bar.red.or.pred q, $3, 128, p;"
             " tcgen05.fence::after_thread_sync; selp.u32 $0, 1, 0, q; }",
-            "=r,f,f",
+            "=r,f,f,r",
             has_side_effects=True,
             asm_dialect=0,
         )

@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import codebook
 from pallas_kernels.cache import KVCache
 from pallas_kernels.codec import levels as unpack_levels
-from pallas_kernels.mosaic import levels, prefill_hopper
+from pallas_kernels.mosaic import levels, prefill_blackwell, prefill_hopper
+from pallas_kernels.mosaic.attention import Architecture
+from pallas_kernels.mosaic.prefill_blackwell import Queries
 from pallas_kernels.mosaic.prefill_hopper import Keys
 from pallas_kernels.mosaic.tiles import rotation_matrix
 
@@ -27,7 +29,9 @@ _LARGEST = 1024.0  # in float16: with as many bits above as products need, and m
 
 
 # Compiled as a whole, called from traced code or not.
-@partial(jax.jit, static_argnames=("scale", "interpret", "soft_cap", "sliding_window"))
+@partial(
+    jax.jit, static_argnames=("scale", "interpret", "soft_cap", "sliding_window", "architecture")
+)
 def prefill_attention(
     q: Float[Array, "batch new q_heads head_dim"],
     k: Float[Array, "batch new kv_heads head_dim"],
@@ -38,13 +42,15 @@ def prefill_attention(
     interpret: bool = False,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    architecture: Architecture = "hopper",
 ) -> Float[Array, "batch new q_heads head_dim"]:
-    """Attention of a chunk of new tokens over the cache and itself, on a Hopper GPU.
+    """Attention of a chunk of new tokens over the cache and itself, on a GPU.
 
     As `pallas_kernels.prefill_attention`; lengths: in [0, new]; interpret: run on the CPU, for
-    tests.
+    tests; architecture: of the GPU.
     """
-    batch, new, _, d = q.shape
+    batch, new, q_heads, d = q.shape
+    heads = k.shape[2]
     count = jnp.full(batch, new, jnp.int32) if lengths is None else lengths
     valid = (jnp.arange(new, dtype=jnp.int32)[None] < count[:, None])[..., None, None]
     if lengths is not None:
@@ -52,12 +58,56 @@ def prefill_attention(
     factor = _LOG2_E * (d**-0.5 if scale is None else scale)
     keys, k_unit, v_unit = _keys(k, v, cache, count)
     cap = None if soft_cap is None else _LOG2_E * soft_cap
-    q = jnp.pad(q, ((0, 0), (0, -new % 64), (0, 0), (0, 0)))
-    units = k_unit, v_unit
-    out = prefill_hopper.attention(
-        q, keys, units, cache, count, factor, cap, sliding_window, interpret
+    if architecture == "hopper":
+        q = jnp.pad(q, ((0, 0), (0, -new % 64), (0, 0), (0, 0)))
+        units = k_unit, v_unit
+        out = prefill_hopper.attention(
+            q, keys, units, cache, count, factor, cap, sliding_window, interpret
+        )
+        return out[:, :new]
+    # Blackwell's leaves the rotations to XLA.
+    queries = _queries(q, cache, factor, k_unit, soft_cap is not None)
+    out = prefill_blackwell.attention(
+        queries, keys, cache, q_heads // heads, cap, sliding_window, interpret
     )
-    return out[:, :new]
+    out = out[:, :, : new * (q_heads // heads)]
+    out = _rotated(out, rotation_matrix(d, cache.fmt.seed).T) * v_unit[..., None, None]
+    out = out.reshape(batch, heads, new, -1, d).swapaxes(1, 2).reshape(q.shape)
+    if lengths is not None:
+        out = jnp.where(valid, out, 0)
+    overflowed = (cache.lengths > cache.max_len)[:, None, None, None]
+    return jnp.where(overflowed, jnp.nan, out).astype(q.dtype)
+
+
+def _queries(
+    q: Array,
+    cache: KVCache,
+    factor: float,
+    k_unit: Float[Array, "batch kv_heads"],
+    capped: bool,
+) -> Queries:
+    fmt = cache.fmt
+    batch, new, q_heads, d = q.shape
+    heads = cache.recent_k.shape[1]
+    group = q_heads // heads
+    rows = q.reshape(batch, new, heads, group, d).swapaxes(1, 2).reshape(batch, heads, -1, d)
+    rows = jnp.pad(
+        rows, ((0, 0), (0, 0), (0, -rows.shape[2] % prefill_blackwell.block_rows(d)), (0, 0))
+    )
+    x = _rotated(rows, _key_rotation(cache))
+    unit = _nonzero(jnp.max(_magnitude(x), axis=-1))
+    bias = None
+    if capped and fmt.key_offset:
+        bias = factor * jnp.einsum(
+            "bkrd,bkd->bkr", rows.astype(jnp.float32), cache.key_offset, precision="highest"
+        )
+    place = np.arange(rows.shape[2]) // group
+    return Queries(
+        (x / unit[..., None]).astype(jnp.float16),
+        unit * (factor * k_unit[..., None]),
+        bias,
+        jnp.asarray(place, jnp.float32),
+    )
 
 
 def _keys(k: Array, v: Array, cache: KVCache, count: Int32[Array, " batch"]):

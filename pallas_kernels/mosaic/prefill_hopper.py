@@ -57,20 +57,6 @@ def tile_tokens(head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Rotated queries, as the Blackwell kernel takes them: for each token those of its group.
-
-    scores = scale * (x @ k), to the base 2; bias: what is then to be added. place: of the token
-    in the chunk.
-    """
-
-    x: Float16[Array, "batch kv_heads rows head_dim"]
-    scale: Float[Array, "batch kv_heads rows"]
-    bias: Float[Array, "batch kv_heads rows"] | None
-    place: Float[Array, " rows"]
-
-
-@dataclass(frozen=True)
 class Keys:
     """What is attended to: the cache's packed tokens up to a multiple of a tile, then dense ones.
 

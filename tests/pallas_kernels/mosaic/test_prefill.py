@@ -17,7 +17,16 @@ def interpret(request):
 
 
 def attend_both(
-    interpret, fmt, lengths, new, group, head_dim, counts=None, dtype=jnp.float32, **options
+    interpret,
+    fmt,
+    lengths,
+    new,
+    group,
+    head_dim,
+    counts=None,
+    dtype=jnp.float32,
+    architecture="hopper",
+    **options,
 ):
     """Float64 results of the kernel and of xla, a sequence each."""
     rng = np.random.default_rng(7)
@@ -30,7 +39,9 @@ def attend_both(
     k, v = k[:, :new], v[:, :new]
     q = jnp.asarray(2 * rng.standard_normal((shape[0], new, group, head_dim)), dtype)
     counts = None if counts is None else jnp.asarray(counts, jnp.int32)
-    got = prefill_attention(q, k, v, cache, lengths=counts, interpret=interpret, **options)
+    got = prefill_attention(
+        q, k, v, cache, lengths=counts, interpret=interpret, architecture=architecture, **options
+    )
     want = pk.prefill_attention(q, k, v, cache, lengths=counts, implementation="xla", **options)
     assert got.shape == want.shape and got.dtype == want.dtype
     return zip(np.asarray(got, np.float64), np.asarray(want, np.float64), strict=True)
