@@ -2,9 +2,9 @@
 
 import itertools
 import os
+import signal
 import sys
 import threading
-from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,11 +46,9 @@ def fail_together(grace: float = 10.0) -> Iterator[None]:
             yield
         finally:
             watch.finish()
-    except KeyboardInterrupt:
-        if watch.reason is None:
-            raise
-        raise RuntimeError(watch.reason) from None
     except BaseException as e:
+        if watch.failed():  # then this error is but what came of it, such as a broken collective
+            raise RuntimeError(watch.reason) from e
         watch.tell(f"process {state.process_id} failed: {type(e).__name__}: {e}")
         raise
 
@@ -66,15 +64,22 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._finished.wait(0.5):
+            if self.failed():
+                # A real signal, unlike interrupt_main(), ends a sleep or a system call, too.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    def failed(self) -> bool:
+        """Whether another process has told why it failed; if so, this one has little time left."""
+        if self.reason is None:
             try:
                 self.reason = self._client.key_value_try_get(self._key)
             except Exception as e:  # jaxlib's own type, and it says why in words only
                 if "NOT_FOUND" in str(e):
-                    continue
+                    return False
                 self.reason = f"the coordinator does not answer any more: {e}"
-            interrupt_main()
             threading.Thread(target=self._end, daemon=True).start()
-            return
+        return True
 
     def finish(self) -> None:
         """Waits for the thread: one that is within jaxlib when Python ends would crash it."""
