@@ -6,9 +6,12 @@ them; `handler()` gives subclasses to one checkpointer only. What jaxgds cannot 
 Orbax's own method and is in the report with its reason. Scalars and strings stay Orbax's.
 """
 
+import asyncio
 import dataclasses
 import functools
 import os
+import signal
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -140,7 +143,7 @@ async def _deserialize(self, infos, args, strict: bool | None, stock: Deserializ
     start = time.perf_counter()
     for info in infos:
         await info.await_path_creation()
-    with traced("index"):
+    with traced("index"), _interruptible():
         wanted, fallbacks = _sort_out(self, infos, args)
     report.check_strict({infos[i].name: why for i, why in fallbacks.items()}, strict)
     indexed = time.perf_counter()
@@ -148,7 +151,10 @@ async def _deserialize(self, infos, args, strict: bool | None, stock: Deserializ
     done = TransferReport(path="orbax")
     if wanted:
         leaves = list(wanted.values())
-        made, done = restore.restore_to_host(leaves) if to_host else _onto_devices(leaves, strict)
+        with _interruptible():
+            made, done = (
+                restore.restore_to_host(leaves) if to_host else _onto_devices(leaves, strict)
+            )
         result.update(zip(wanted, made, strict=True))
     if fallbacks:
         some = list(fallbacks)
@@ -163,6 +169,22 @@ async def _deserialize(self, infos, args, strict: bool | None, stock: Deserializ
     )
     _publish(infos[0].byte_limiter, to_host, done)
     return [result[i] for i in range(len(infos))]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets Ctrl-C through, which `asyncio.run` turns into a cancellation at the next `await`."""
+    handler = signal.getsignal(signal.SIGINT)
+    owner = getattr(getattr(handler, "func", None), "__self__", None)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not isinstance(owner, asyncio.Runner):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _publish(restore_id: object, to_host: bool, done: TransferReport) -> None:

@@ -3,6 +3,7 @@
 Arguments: the checkpoints, as NAME=PATH=PART OF THE DATA FILES' PATHS; and a directory to write in.
 """
 
+import asyncio
 import ctypes
 import json
 import os
@@ -10,9 +11,11 @@ import signal
 import sys
 import threading
 import traceback
+from unittest import mock
 
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src import asyncio_utils
 
 import jaxgds
 import jaxgds.orbax
@@ -34,7 +37,9 @@ def fault(kind: str, part: str = "\1") -> None:
 
 def restore(name: str, path: str):
     if name.startswith("api"):
-        with jaxgds.orbax.installed():
+        # As versions of Orbax before 0.12.8 run it.
+        older = mock.patch.object(asyncio_utils, "_run_sync_via_new_loop", asyncio.run, create=True)
+        with older, jaxgds.orbax.installed():
             return ocp.PyTreeCheckpointer().restore(path)
     return jaxgds.load(path)
 
