@@ -284,6 +284,11 @@ def table(found: Mapping[str, Any]) -> str:
         + ", ".join(f"{name} {load[name]:.2f} s" for name in ("storage", "network", "pcie"))
         + f"; {slowest} sets the pace",
     ]
+    if (share := 1 - hbm["activations"] / hbm["total"]) > 0.75:
+        lines.append(
+            f"JAX takes 75 % of a GPU by itself: XLA_PYTHON_CLIENT_MEM_FRACTION has to be above "
+            f"{share:.2f} for all of this."
+        )
     if (limit := model["max_position_embeddings"]) is not None:
         lines.append(f"The model itself was made for contexts of up to {limit:,} tokens.")
     return "\n".join(lines)

@@ -185,6 +185,7 @@ def test_command(tmp_path, capsys):
     assert main([*command, "--sequences", "4", "--json", str(out)]) == 0
     text = capsys.readouterr().out
     assert "70.55 billion" in text and "4 seq." in text and "storage sets the pace" in text
+    assert "MEM_FRACTION has to be above 0.96" in text  # 136 of 141 GB
     assert json.loads(out.read_text())["hbm"]["total"] == 141e9
     for wrong in (["plan"], ["plan", "no-such-model"], [*command, "--kv", "K9"]):
         assert main(wrong) == 2
