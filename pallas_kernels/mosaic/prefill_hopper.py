@@ -57,6 +57,20 @@ def tile_tokens(head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class Queries:
+    """Rotated queries, as the Blackwell kernel takes them: for each token those of its group.
+
+    scores = scale * (x @ k), to the base 2; bias: what is then to be added. place: of the token
+    in the chunk.
+    """
+
+    x: Float16[Array, "batch kv_heads rows head_dim"]
+    scale: Float[Array, "batch kv_heads rows"]
+    bias: Float[Array, "batch kv_heads rows"] | None
+    place: Float[Array, " rows"]
+
+
+@dataclass(frozen=True)
 class Keys:
     """What is attended to: the cache's packed tokens up to a multiple of a tile, then dense ones.
 
@@ -226,16 +240,20 @@ def _kernel(
 
     first_token, last_token = work_of(_CONSUMERS - 1)[0], work_of(0)[0] + _PART - 1
 
-    # The tiles that this block attends to, from its first token and up to its last one.
+    # The tiles that this block attends to: from its first token's oldest to its last token. Those
+    # from `left` to `whole` all of its tokens see as a whole.
     packed = base[batch] // tile
     ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
-    start = jnp.int32(0)
+    start = left = jnp.int32(0)
     end = packed + jnp.minimum((ahead + last_token) // tile, k.shape[2] // tile - 1) + 1
-    whole = packed + (ahead + first_token + 1) // tile  # from here on masked
+    whole = packed + (ahead + first_token + 1) // tile
     if sliding_window is not None:
         oldest = lengths[batch] + first_token + 1 - sliding_window
         start = jnp.maximum(oldest - fmt.sinks, 0) // tile
-        whole = start
+        oldest = oldest + last_token - first_token
+        left = jnp.minimum((jnp.maximum(oldest - fmt.sinks, 0) + tile - 1) // tile, end)
+        whole = packed  # where the sinks may be
+    whole = jnp.maximum(jnp.minimum(whole, end), left)
     # Before and after the keys, the places of keys take what rotates queries and results.
     pieces, width = max(1, d // tile), min(d, tile)
 
@@ -454,10 +472,13 @@ def _kernel(
 
         by_row = plgpu.Layout.WGMMA.reduce(1)
         state = full((_PART, d), 0.0), full((_PART,), 0.0, by_row), full((_PART,), LOWEST, by_row)
-        whole_end = jnp.minimum(whole, end)
-        if sliding_window is None:
-            state = lax.fori_loop(start, whole_end, functools.partial(step, masked=False), state)
-        state = lax.fori_loop(whole_end, end, functools.partial(step, masked=True), state)
+        masked, unmasked = (functools.partial(step, masked=x) for x in (True, False))
+        if sliding_window is not None:
+            if not interpret:  # or ptxas keeps two of each, the known zeros and what they become
+                state = lax.optimization_barrier(state)
+            state = lax.fori_loop(start, left, masked, state)
+        state = lax.fori_loop(left, whole, unmasked, state)
+        state = lax.fori_loop(whole, end, masked, state)
         acc, total, _ = state
         exists = along_rows(place_here, width) < full(
             (_PART, width), count[batch].astype(jnp.float32)

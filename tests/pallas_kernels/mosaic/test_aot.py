@@ -56,11 +56,12 @@ def decode(
 def prefill(target, key_bits, value_bits, head_dim, group, page_size, sliding_window=None):
     parameters = dict(key_bits=key_bits, value_bits=value_bits, head_dim=head_dim, group=group)
     parameters |= dict(page_size=page_size, sliding_window=sliding_window)
-    # Three warpgroups, which then share the registers out anew. What prepares keys and values is
-    # XLA's, as many launches as it makes of it.
-    return Case(
-        target, "prefill", parameters, 168, None, (COPY, TENSOR_CORES[target], "USETMAXREG")
-    )
+    # Three warpgroups, which then share the registers out anew (Blackwell has two for head_dim
+    # 256). What prepares keys and values is XLA's, as many launches as it makes of it.
+    registers, instructions = 168, (COPY, "HGMMA" if target == "h100" else "UTCHMMA", "USETMAXREG")
+    if target == "b200" and head_dim == 256:
+        registers, instructions = 255, instructions[:2]
+    return Case(target, "prefill", parameters, registers, None, instructions)
 
 
 def encode(target, key_bits, value_bits, head_dim, page_size, new):
@@ -87,13 +88,15 @@ CASES = [
     decode("h100", 3, 4, 128, 8, 128, registers=168),
     prefill("h100", 4, 4, 128, 8, 64),
     prefill("h100", 3, 8, 64, 1, 16),
-    prefill("h100", 4, 2, 128, 3, 128),
+    prefill("h100", 4, 2, 128, 3, 128, sliding_window=512),
     # 168 registers and 128 columns of tensor memory let three blocks run at once, 255 and 256 two.
     decode("b200", 4, 4, 128, 8, registers=168, columns=128),
     decode("b200", 3, 3, 128, 8, registers=168, columns=128),
     decode("b200", 2, 8, 64, 4, registers=168, columns=128),
     decode("b200", 8, 3, 64, 16, 16, registers=255, columns=256),
     decode("b200", 4, 4, 256, 8, registers=255, columns=256),
+    prefill("b200", 4, 4, 128, 8, 64),
+    prefill("b200", 3, 2, 256, 2, 16),
     encode("h100", 4, 4, 128, 64, 1),
     encode("h100", 4, 4, 128, 64, 32768),
     encode("h100", 3, 2, 256, 16, 32768),
