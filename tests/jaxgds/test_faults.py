@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 import jaxgds
 import jaxgds.orbax
-from jaxgds import btree
+from jaxgds import btree, restore
 from jaxgds.index import Extent, open_index
+from jaxgds.safetensors import open_safetensors
 
 
 # Orbax looks for shardings where it is left to say what is wrong.
@@ -67,7 +68,7 @@ def path(originals, kind, tmp_path):
 def data_file(path: pathlib.Path, name: str = "w") -> Extent:
     """Where the first data of an array lies."""
     if (path / "model.safetensors").exists():
-        array = jaxgds.safetensors.open_safetensors(str(path)).array(name)
+        array = open_safetensors(str(path)).array(name)
     else:
         array = open_index(path).array(name)
     source = next(source for _, source in array.chunks())
@@ -148,7 +149,7 @@ def test_a_file_that_is_none(path, kind, how):
 def test_changed_between_index_and_read(path, kind, change, monkeypatch):
     """The file was whole when the plan was made."""
     source = data_file(path)
-    make_plan = jaxgds.restore.make_plan
+    make_plan = restore.make_plan
 
     def then_change(*args, **kwargs):
         plan = make_plan(*args, **kwargs)
@@ -160,7 +161,7 @@ def test_changed_between_index_and_read(path, kind, change, monkeypatch):
             os.mkdir(source.file)
         return plan
 
-    monkeypatch.setattr(jaxgds.restore, "make_plan", then_change)
+    monkeypatch.setattr(restore, "make_plan", then_change)
     with pytest.raises(jaxgds.CheckpointError, match="array '") as e:
         jaxgds.load(path)
     assert source.file in str(e.value)
@@ -172,9 +173,9 @@ def test_through_orbax(path, kind):
         pytest.skip("not a checkpoint of Orbax")
     source = data_file(path)
     os.truncate(source.file, source.offset + source.nbytes // 2)
-    for restore in (ocp.PyTreeCheckpointer().restore, ocp.StandardCheckpointer().restore):
+    for checkpointer in (ocp.PyTreeCheckpointer(), ocp.StandardCheckpointer()):
         with jaxgds.orbax.installed(), pytest.raises(jaxgds.CheckpointError) as e:
-            restore(path)
+            checkpointer.restore(path)
         assert source.file in str(e.value)
 
 

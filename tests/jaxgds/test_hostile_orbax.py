@@ -259,7 +259,7 @@ def test_a_shard_with_more_chunks_than_bytes(saved):
     path = saved((False, True), False)
 
     def edit(meta: dict) -> None:
-        sharding = {"chunk_shape": [1]}
+        sharding: dict = {"chunk_shape": [1]}
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding["index_codecs"] = [little, {"name": "crc32c"}]
         sharding["codecs"] = [little]

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import jaxgds
 from jaxgds import prepare, rules
 from jaxgds.cli import main
+from jaxgds.crc import crc32c
 from jaxgds.verify import table, verify
 
 
@@ -190,7 +191,7 @@ def test_the_crc32c_codec_of_zarr3(tmp_path):
     hostile.change(path, {"w/zarr.json": lambda meta: meta.update(codecs=codecs)})
     data = want.tobytes()
     file = path / "w" / "c" / "0"
-    file.write_bytes(data + jaxgds.crc.crc32c(data).to_bytes(4, "little"))
+    file.write_bytes(data + crc32c(data).to_bytes(4, "little"))
     assert np.asarray(jaxgds.load(path)["w"]).tobytes() == data
     flip(file, 5, 5)
     with pytest.raises(Exception, match="Encountered error while reading") as e:
