@@ -69,9 +69,9 @@ def decode_manifest(encoded: bytes, limit: int) -> tuple[int, Reference] | None:
     reader.take(16)  # the UUID
     if reader.byte() != 0:
         raise DamagedError("a manifest of the numbered kind, which is not read")
-    reader.numbers(2)  # limits that hold for writers
+    reader.numbers(2, bits=32)  # limits that hold for writers
     arity = reader.byte()
-    compression = reader.number()
+    compression = reader.number(bits=32)
     level = int.from_bytes(reader.take(4), "little", signed=True) if compression == 1 else 0
     if compression > 1 or not -(1 << 17) <= level <= 22:
         raise DamagedError(f"{compression=}, {level=}")
@@ -114,11 +114,11 @@ def decode_node(encoded: bytes, base: bytes, limit: int) -> tuple[Node, int]:
     reader = _Reader(body)
     height = reader.byte()
     files = reader.files(base)
-    count = reader.number()
+    count = reader.number(bits=32)
     if not 1 <= count <= MAX_ARITY:
         raise DamagedError(f"a node with {count} entries")
     lengths = reader.lengths(count)
-    prefixes = reader.numbers(count) if height else np.zeros(0, np.uint64)
+    prefixes = reader.numbers(count, bits=32) if height else np.zeros(0, np.uint64)
     expanded = len(body) + int(lengths.sum())
     if expanded > limit:
         raise DamagedError(f"a node expands to {expanded} bytes")
@@ -183,11 +183,11 @@ class _Reader:
     def byte(self) -> int:
         return self.take(1)[0]
 
-    def number(self) -> int:
-        return int(self.numbers(1)[0])
+    def number(self, bits: int = 64) -> int:
+        return int(self.numbers(1, bits)[0])
 
-    def numbers(self, count: int) -> np.ndarray:
-        """Unsigned LEB128 numbers of 64 bits."""
+    def numbers(self, count: int, bits: int = 64) -> np.ndarray:
+        """Unsigned LEB128 numbers of at most that many bits."""
         if count > len(self._body) - self._at:
             raise DamagedError("it ends early")
         some = self._array[self._at : self._at + 10 * count]
@@ -197,21 +197,22 @@ class _Reader:
         starts = np.concatenate(([0], stops[:-1])) if count else stops
         sizes = stops - starts
         values = np.zeros(count, np.uint64)
-        for place in range(int(sizes.max(initial=0))):
-            if place == 10:
-                raise DamagedError("a number exceeds 64 bits")
+        places = int(sizes.max(initial=0))
+        if places > -(-bits // 7):
+            raise DamagedError(f"a number exceeds {bits} bits")
+        for place in range(places):
             has = sizes > place
             part = some[(starts + place)[has]].astype(np.uint64) & np.uint64(0x7F)
-            if place == 9 and (part > 1).any():
-                raise DamagedError("a number exceeds 64 bits")
+            if 7 * place + 7 > bits and (part >> np.uint64(bits - 7 * place)).any():
+                raise DamagedError(f"a number exceeds {bits} bits")
             values[has] |= part << np.uint64(7 * place)
         self._at += int(stops[-1]) if count else 0
         return values
 
     def lengths(self, count: int) -> np.ndarray:
         """Of front-coded strings: [count, 2], bytes shared with the one before, and bytes more."""
-        prefixes = np.concatenate((np.zeros(1, np.uint64), self.numbers(count - 1)))
-        suffixes = self.numbers(count)
+        prefixes = np.concatenate((np.zeros(1, np.uint64), self.numbers(count - 1, bits=32)))
+        suffixes = self.numbers(count, bits=32)
         both = np.stack([prefixes, suffixes], axis=1)
         if (both > MAX_LENGTH).any() or (both.sum(axis=1) > MAX_LENGTH).any():
             raise DamagedError(f"a string of more than {MAX_LENGTH} bytes")
@@ -240,7 +241,7 @@ class _Reader:
         if count > MAX_ARITY:
             raise DamagedError(f"{count} files")
         lengths = self.lengths(count)
-        bases = self.numbers(count)
+        bases = self.numbers(count, bits=32)
         if (bases > lengths.sum(axis=1)).any():
             raise DamagedError("the base of a path is longer than the path")
         if ((lengths[1:, 0] > np.minimum(bases[1:], bases[:-1])) & (bases[1:] != bases[:-1])).any():

@@ -222,6 +222,8 @@ def _layout(
     # bfloat16 and its like are of kind V; np.void are bytes, records and subarrays.
     if dt.byteorder == ">" or dt.kind not in "biufcV" or dt.type is np.void:
         raise NotImplementedError(f"array {name!r}: dtype {dtype!r}")
+    if not all(isinstance(n, list) for n in (shape, stored, chunk)):
+        raise CheckpointError(f"array {name!r}: {shape=}, {stored=}, {chunk=} are no lists")
     shape, stored, chunk = tuple(shape), tuple(stored), tuple(chunk)
     sizes = [*shape, *stored, *chunk]
     if not all(type(n) is int and n >= 0 for n in sizes) or not (
