@@ -88,7 +88,9 @@ def encode(
     # Divided by the largest magnitude first: squares then neither overflow nor vanish.
     largest = jnp.max(jnp.abs(x), axis=-1)
     zero = largest < _TINY
-    y = rotate(x / jnp.where(zero, 1.0, largest)[..., None], seed)
+    # XLA may multiply by the reciprocal, which must not be subnormal.
+    shrunk = jnp.where(largest > 1, 0.25, 1.0)
+    y = rotate(x * shrunk[..., None] / jnp.where(zero, 1.0, largest * shrunk)[..., None], seed)
     norm = jnp.sqrt(_dot(y, y))
     finite = jnp.isfinite(norm)
     # Zeros, infinities and NaNs are in the scale alone; their codes are those of a stand-in.
