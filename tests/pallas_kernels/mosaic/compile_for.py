@@ -51,7 +51,6 @@ def prefill(
     sliding_window: int | None = None,
 ):
     """Of a chunk of 1,024 tokens."""
-    del architecture  # Hopper's
     import jax
     import jax.numpy as jnp
 
@@ -63,7 +62,12 @@ def prefill(
     q = jax.ShapeDtypeStruct((2, 1024, 8 * group, head_dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, 1024, 8, head_dim), jnp.bfloat16)
     options = dict(sliding_window=sliding_window)
-    return partial(mosaic.prefill_attention, **options), (q, kv, kv, cache)
+    return partial(mosaic.prefill_attention, architecture=architecture, **options), (
+        q,
+        kv,
+        kv,
+        cache,
+    )
 
 
 def encode(

@@ -1,6 +1,5 @@
 """Ahead-of-time compilation of the kernels, down to machine code, without a GPU."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -124,22 +123,27 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a target's cases leave their dumps. They are compiled when first asked for, all."""
+    """Where a target's cases leave their dumps. All are compiled, the targets at the same time."""
 
-    @functools.cache
-    def folder(target: str) -> Path:
+    def start(target: str) -> tuple[Path, subprocess.Popen]:
         out = tmp_path_factory.mktemp(target)
         path = os.pathsep.join([*binaries(), os.environ["PATH"]])
         cases = [{"kernel": case.kernel, **case.parameters} for case in of_target(target)]
-        subprocess.run(
-            [sys.executable, HERE / "compile_for.py", TARGETS / f"{target}.textproto", out]
-            + [json.dumps(cases)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PATH": path},
-            check=True,
-        )
+        command = [sys.executable, HERE / "compile_for.py", TARGETS / f"{target}.textproto", out]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PATH": path}
+        return out, subprocess.Popen([*command, json.dumps(cases)], env=environment)
+
+    started = {target: start(target) for target in ARCHITECTURES}
+
+    def folder(target: str) -> Path:
+        out, process = started[target]
+        assert process.wait() == 0
         return out
 
-    return folder
+    yield folder
+    for _, process in started.values():
+        process.kill()
+        process.wait()
 
 
 def of_target(target: str) -> list[Case]:
