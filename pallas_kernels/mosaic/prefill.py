@@ -126,47 +126,55 @@ def _keys(k: Array, v: Array, cache: KVCache, count: Int32[Array, " batch"]):
     ids = jnp.take_along_axis(cache.page_table, ids, axis=1)
 
     def decoded(planes, bits, scale, transposed):
+        """Rotated, [batch, kv_heads, dense, head_dim] with the tokens in their places."""
         if rest == 0:
-            return jnp.zeros((batch, heads, 0, d), jnp.float32)
+            return jnp.zeros((batch, heads, 1, d), jnp.float32)
         x = unpack_levels(tuple(plane[ids] for plane in planes), bits)
         x = x.swapaxes(-1, -2) if transposed else x
         x = x * scale[ids][..., None].astype(jnp.float32)
-        return x.swapaxes(1, 2).reshape(batch, heads, rest, d)
+        x = x.swapaxes(1, 2).reshape(batch, heads, rest, d)
+        after = index.shape[1] - fmt.sinks - rest
+        x = jnp.pad(x, ((0, 0), (0, 0), (fmt.sinks, after), (0, 0)))
+        return jnp.where(is_decoded[:, None, :, None], x, 0.0)
 
     index = _dense_index(fmt, length, count, new, rest, tile)
+    is_decoded = (index >= fmt.sinks) & (index < fmt.sinks + rest)
 
-    def dense(parts, matrix, offset, left):
-        sink, ring, fresh = parts
-        x = [
-            _rotated(part, matrix) - offset
-            for part in (sink, ring, fresh.astype(jnp.bfloat16).swapaxes(1, 2))
-        ]
-        x = jnp.concatenate([x[0], left, *x[1:]], axis=2)
-        got = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, :, None], axis=2)
-        return jnp.where((index >= 0)[:, None, :, None], got, 0.0)
+    def gathered(sink, ring, fresh):
+        """bf16 [batch, dense, kv_heads, head_dim], not rotated."""
+        nothing = jnp.zeros((batch, rest, heads, d), jnp.bfloat16)
+        x = [sink.swapaxes(1, 2), nothing, ring.swapaxes(1, 2), fresh.astype(jnp.bfloat16)]
+        x = jnp.concatenate(x, axis=1)
+        x = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None, None], axis=1)
+        return jnp.where((index >= 0)[..., None, None], x, 0)
+
+    def unit(dense, decoded, scale, bits):
+        """Of float16: a rotated coordinate is at most the root of head_dim times the largest."""
+        of_dense = jnp.max(_magnitude(dense.astype(jnp.float32)), axis=(1, 3)) * math.sqrt(d)
+        of_decoded = jnp.max(_magnitude(decoded), axis=(2, 3))
+        of_packed = jnp.max(_magnitude(scale), axis=2) * float(codebook.magnitudes(bits)[-1])
+        largest = jnp.maximum(of_dense, jnp.maximum(of_decoded, of_packed))
+        return _nonzero(largest) / _LARGEST
+
+    k_scale, v_scale = (_scales(x, cache, base, tile) for x in (cache.k_scale, cache.v_scale))
+    by_head = (..., None, None)
 
     key_order = levels.slots(fmt.key_bits, d)
-    offset = _rotated(cache.key_offset, _key_rotation(cache))[:, :, None]
     left = decoded(cache.k_planes, fmt.key_bits, cache.k_scale, False)[..., key_order]
-    dense_k = dense(
-        (cache.sink_k, cache.recent_k, k),
-        _key_rotation(cache),
-        offset if fmt.key_offset else 0.0,
-        left,
-    )
+    x = gathered(cache.sink_k, cache.recent_k, k)
+    offset = cache.key_offset if fmt.key_offset else jnp.zeros_like(cache.key_offset)
+    # The offset is subtracted after the rotation, which is exact for bf16.
+    k_unit = unit(x, left, k_scale, fmt.key_bits)
+    k_unit += jnp.max(jnp.abs(offset), axis=-1) * (math.sqrt(d) / _LARGEST)
+    dense_k = _rotated(x, _key_rotation(cache), "blhd,de->bhle")
+    dense_k -= _rotated(offset, _key_rotation(cache))[:, :, None]
+    dense_k = jnp.where(is_decoded[:, None, :, None], left, dense_k)
+
     left = decoded(cache.v_planes, fmt.value_bits, cache.v_scale, True)
-    dense_v = dense(
-        (cache.sink_v, cache.recent_v, v), rotation_matrix(d, fmt.seed), 0.0, left
-    ).swapaxes(-1, -2)
-    k_scale, v_scale = (_scales(x, cache, base, tile) for x in (cache.k_scale, cache.v_scale))
-
-    def unit(dense, scale, bits):
-        of_dense = jnp.max(_magnitude(dense), axis=(2, 3))
-        of_packed = jnp.max(_magnitude(scale), axis=2) * float(codebook.magnitudes(bits)[-1])
-        return _nonzero(jnp.maximum(of_dense, of_packed)) / _LARGEST
-
-    k_unit, v_unit = unit(dense_k, k_scale, fmt.key_bits), unit(dense_v, v_scale, fmt.value_bits)
-    by_head = (..., None, None)
+    x = gathered(cache.sink_v, cache.recent_v, v)
+    v_unit = unit(x, left, v_scale, fmt.value_bits)
+    dense_v = _rotated(x, rotation_matrix(d, fmt.seed), "blhd,de->bhel")
+    dense_v = jnp.where(is_decoded[:, None, None, :], left.swapaxes(-1, -2), dense_v)
     keys = Keys(
         (dense_k / k_unit[by_head]).astype(jnp.float16),
         (dense_v / v_unit[by_head]).astype(jnp.float16),
@@ -211,11 +219,11 @@ def _key_rotation(cache: KVCache) -> np.ndarray:
     return rotation_matrix(cache.head_dim, cache.fmt.seed)[:, order]
 
 
-def _rotated(x: Array, matrix: np.ndarray) -> Float[Array, "*batch head_dim"]:
+def _rotated(x: Array, matrix: np.ndarray, axes: str = "...d,de->...e") -> Float[Array, "*shape"]:
     """x @ matrix, float32: exact products, as the matrix is a root of head_dim times +-1."""
     root = math.sqrt(len(matrix))
     ones = jnp.asarray(np.round(matrix * root), x.dtype)
-    product = jnp.dot(x, ones, precision="highest", preferred_element_type=jnp.float32)
+    product = jnp.einsum(axes, x, ones, precision="highest", preferred_element_type=jnp.float32)
     return product * np.float32(1 / root)
 
 
