@@ -1,9 +1,9 @@
 """Bytes of an OCDBT manifest or B-tree node -> what they say. Pure.
 
 Every number is checked before anything is made of it: these bytes are input from anywhere.
-TensorStore's own decoder is not used for them, as it trusts lengths that a checksum which the
-writer of the file computes cannot vouch for (it copies from behind the end of a path, and expands
-without limit). The format: https://google.github.io/tensorstore/kvstore/ocdbt/#storage-format
+TensorStore's own decoder is not used for them, as it expands without limit: a node of some KB whose
+million keys each repeat the one before makes it ask for 64 GB, and abort if it does not get them.
+The format: https://google.github.io/tensorstore/kvstore/ocdbt/#storage-format
 """
 
 import dataclasses
