@@ -1,7 +1,7 @@
 """Bytes of an OCDBT manifest or B-tree node -> what they say. Pure.
 
 Every number is checked before anything is made of it: these bytes are input from anywhere.
-TensorStore's own decoder is not used for them, as it expands without limit: a node of some KB whose
+TensorStore's own decoder is not used for them, as it expands without limit: a node of 150 KB whose
 million keys each repeat the one before makes it ask for 64 GB, and abort if it does not get them.
 The format: https://google.github.io/tensorstore/kvstore/ocdbt/#storage-format
 """
