@@ -1,8 +1,4 @@
-"""Gemma 3 (text) from a llama.cpp GGUF file, for texts no longer than its sliding window.
-
-Most layers of Gemma 3 look back no further than the window; up to its length, all of them do the
-same: full causal attention. Longer texts are refused.
-"""
+"""Gemma 3 (text) from a llama.cpp GGUF file: most of its layers see a sliding window only."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -51,8 +47,9 @@ class Block(llama.Block):
 
     def __init__(self, c: Config, layer: int, rngs: nnx.Rngs):
         super().__init__(c, rngs)
-        self.window = c.sliding_window
-        self.theta = LOCAL_THETA if (layer + 1) % GLOBAL_EVERY else c.rope_theta
+        local = (layer + 1) % GLOBAL_EVERY > 0
+        self.window = c.sliding_window if local else None
+        self.theta = LOCAL_THETA if local else c.rope_theta
         self.q_norm, self.k_norm = (
             llama.RMSNorm(c.head_dim, epsilon=c.norm_eps, rngs=rngs) for _ in range(2)
         )
@@ -61,15 +58,12 @@ class Block(llama.Block):
         )
 
     def __call__(self, x: Array, cache: llama.Cache):
-        longest = cache.k.shape[1] if isinstance(cache, llama.DenseCache) else cache.max_len
-        if longest > self.window:
-            raise ValueError(f"a cache of {longest} tokens exceeds sliding_window={self.window}")
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
         positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
         h = self.attn_norm(x)
         q = llama.rope(self.q_norm(heads(self.q(h))), positions, self.theta)
         k = llama.rope(self.k_norm(heads(self.k(h))), positions, self.theta)
-        out, cache = llama.attend(q, k, heads(self.v(h)), cache)
+        out, cache = llama.attend(q, k, heads(self.v(h)), cache, self.window)
         x = x + self.post_attn_norm(self.o(out.reshape(*x.shape[:2], -1)))
         h = self.mlp_norm(x)
         h = self.down(nnx.gelu(self.gate(h), approximate=True) * self.up(h))

@@ -71,16 +71,21 @@ def attend(
     k: Float[Array, "batch new kv_heads d"],
     v: Float[Array, "batch new kv_heads d"],
     cache: Cache,
+    window: int | None = None,
 ) -> tuple[Float[Array, "batch new heads d"], Cache]:
-    """Causal attention of new tokens over the cache and themselves; returns the longer cache."""
+    """Causal attention of new tokens over the cache and themselves; returns the longer cache.
+
+    window: each token attends only to so many of the newest, itself included.
+    """
     if isinstance(cache, pk.KVCache):
         if q.shape[1] == 1:
             cache = cache.append(k, v)
-            return pk.decode_attention(q[:, 0], cache)[:, None], cache
-        return pk.prefill_attention(q, k, v, cache), cache.append(k, v)
+            return pk.decode_attention(q[:, 0], cache, sliding_window=window)[:, None], cache
+        return pk.prefill_attention(q, k, v, cache, sliding_window=window), cache.append(k, v)
     cache = cache.append(k, v)
     last = cache.lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])
-    mask = jnp.arange(cache.k.shape[1]) <= last[:, None, :, None]
+    ago = last[:, None, :, None] - jnp.arange(cache.k.shape[1])
+    mask = (ago >= 0) & (ago < (window or ago.shape[-1]))
     k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, mask=mask), cache
 

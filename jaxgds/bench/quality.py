@@ -22,10 +22,10 @@ import pallas_kernels as pk
 
 
 FORMATS = ("fp8", "K8V8", "K4V4", "K4V3", "K3V3", "K3V2", "K2V2")
-# Name, number of texts, tokens in each: Gemma's sliding window is not to come into play.
+# Name, number of texts, tokens in each.
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", 2, 2048),
-    "gemma3": ("Gemma-3-270M", 4, 512),
+    "gemma3": ("Gemma-3-270M", 2, 2048),
 }
 
 
