@@ -311,15 +311,15 @@ def test_an_index_points_at_no_file(tmp_path, file):
         open_safetensors(str(index))
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-@pytest.mark.parametrize("link", ["relative", "absolute", "folder", "chain"])
+LINKS = [(link, index) for link in ("relative", "absolute", "chain") for index in (True, False)]
+
+
+@pytest.mark.parametrize(("link", "with_index"), [*LINKS, ("folder", True)])
 def test_a_link_leads_outside(tmp_path, outside, link, with_index):
     folder = tmp_path / "model"
     folder.mkdir()
     name = "a.safetensors"
     if link == "folder":
-        if not with_index:
-            pytest.skip("a directory is not searched deeper")
         (folder / "sub").symlink_to(tmp_path)
         name = "sub/outside.safetensors"
     elif link == "chain":
