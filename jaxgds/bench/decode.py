@@ -3,9 +3,6 @@
 Times are those of `timing`.
 """
 
-# matplotlib is optional.
-# pyright: reportMissingImports=false
-
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
-from jaxgds.bench import timing
+from jaxgds.bench import sweep, timing
 from pallas_kernels import codebook
 
 
@@ -40,9 +37,7 @@ class Sizes:
     repeat: int = 20
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if np.min(value) < 1:
-                raise ValueError(f"{name}={value} is not positive")
+        sweep.check_positive(self)
 
 
 GPU = Sizes(seqs=(4096, 32768, 131072), batches=(1, 8))
@@ -57,10 +52,7 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
     a format that is not like K4V4.
     """
     settings = [format_of(name) for name in formats]
-    device = jax.devices()[0]
-    gpu = device.platform == "gpu"
-    if not gpu:
-        report("no GPU here: only the xla implementation is measured, and the sizes say little")
+    machine, gpu = sweep.begin(report)
     rate = timing.copy_rate(sizes.repeat, gpu)
     results = []
     for batch, seq in product(sizes.batches, sizes.seqs):
@@ -74,16 +66,7 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
             cases.append((name, partial(_compressed, sizes, batch, seq, fmt, gpu)))
         for name, case in cases:
             report(f"{name}, batch {batch}, {seq} tokens")
-            try:
-                found = case()
-            except (RuntimeError, ArithmeticError) as e:
-                found = {"error": str(e).splitlines()[0]}
-            results.append({"name": name, "batch": batch, "seq": seq, **found})
-    machine = {
-        "device_platform": device.platform,
-        "device": device.device_kind,
-        "jax": jax.__version__,
-    }
+            results.append({"name": name, "batch": batch, "seq": seq, **sweep.outcome(case)})
     shape = {"head_dim": sizes.head_dim, "group": sizes.group, "kv_heads": sizes.kv_heads}
     return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
 
@@ -106,11 +89,8 @@ def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool)
     attend = partial(pk.decode_attention, implementation=implementation)
     error = 0.0
     if gpu:
-        got = np.asarray(jax.jit(attend)(q, caches[0]), np.float64)
-        want = np.asarray(pk.decode_attention(q, caches[0], implementation="xla"), np.float64)
-        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-        if not error <= _TOLERANCE:
-            raise ArithmeticError(f"wrong: the result differs from xla's by {error:.1e}")
+        want = pk.decode_attention(q, caches[0], implementation="xla")
+        error = sweep.checked_error(jax.jit(attend)(q, caches[0]), want, _TOLERANCE)
     measured = timing.measure(
         attend, q.astype(jnp.bfloat16), [(cache,) for cache in caches], sizes.repeat, gpu
     )
@@ -171,10 +151,9 @@ def _bf16(sizes: Sizes, batch: int, seq: int, implementation: str, gpu: bool) ->
 
 def table(found: dict[str, Any]) -> str:
     """`run`'s result as text for people."""
-    machine, shape, rate = found["machine"], found["shape"], found["copy_rate"]
+    rate = found["copy_rate"]
     lines = [
-        f"{machine['device']}, jax {machine['jax']}, "
-        + ", ".join(f"{name} {value}" for name, value in shape.items()),
+        sweep.heading(found),
         f"copy: {rate / 1e9:.1f} GB/s (read and written)",
         f"{'batch':>5}{'tokens':>8}  {'':14}{'us':>10}{'wall':>10}{'GB/s':>8}{'of copy':>8}"
         f"{'x cuDNN':>8}{'x FP8':>7}{'launches':>9}",
@@ -186,7 +165,10 @@ def table(found: dict[str, Any]) -> str:
             continue
         speed = row["bytes"] / row["us"] * 1e6
         wall = f"{row['wall_us']:.1f}" if "wall_us" in row else "-"
-        ratios = [_ratio(found, row, name) for name in ("bf16 cudnn", "ideal FP8")]
+        ratios = [
+            sweep.speedup(found, row, ("batch", "seq"), lambda x, name=name: x["name"] == name)
+            for name in ("bf16 cudnn", "ideal FP8")
+        ]
         cudnn, fp8 = (f"{x:.2f}" if x else "-" for x in ratios)
         lines.append(
             f"{start}{row['us']:10.1f}{wall:>10}{speed / 1e9:8.1f}{speed / rate:8.2f}"
@@ -195,29 +177,14 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratio(found: dict[str, Any], row: dict[str, Any], baseline: str) -> float | None:
-    """How many times faster the row is than a baseline of the same size."""
-    for other in found["results"]:
-        same = all(other[key] == row[key] for key in ("batch", "seq"))
-        if same and other["name"] == baseline and "us" in other:
-            return other["us"] / row["us"]
-    return None
-
-
 def plot(found: dict[str, Any], file: str) -> None:
     """Draws time against tokens, a panel for each batch; needs matplotlib."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in found["results"] if "us" in row]
-    batches = sorted({row["batch"] for row in rows})
-    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
-    panels = figure.subplots(1, len(batches), squeeze=False)[0]
-    for axes, batch in zip(panels, batches, strict=True):
+    figure, panels = sweep.panels(rows)
+    for batch, axes in panels.items():
         for name in dict.fromkeys(row["name"] for row in rows):
             points = [(r["seq"], r["us"]) for r in rows if (r["name"], r["batch"]) == (name, batch)]
-            style = "--" if " " in name else "-"
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=3, label=name)
+            sweep.line(axes, points, name, dashed=" " in name)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="us", title=f"batch {batch}")
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"decode attention, {found['machine']['device']}", fontsize=10)
-    figure.savefig(file, dpi=150)
+    title = f"decode attention, {found['machine']['device']}"
+    sweep.save(figure, next(iter(panels.values())), title, file)

@@ -4,9 +4,6 @@ An append of one token goes to a cache of several pages, in which it completes n
 fill an empty cache. Times are those of `timing`.
 """
 
-# matplotlib is optional.
-# pyright: reportMissingImports=false
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
-from jaxgds.bench import timing
+from jaxgds.bench import sweep, timing
 from jaxgds.bench.decode import format_of
 from pallas_kernels import packing
 
@@ -43,9 +40,7 @@ class Sizes:
     repeat: int = 20
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name != "dtype" and np.min(value) < 1:
-                raise ValueError(f"{name}={value} is not positive")
+        sweep.check_positive(self)
 
 
 GPU = Sizes(tokens=(1, 64, 2048, 32768), batches=(1, 8))
@@ -60,27 +55,16 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
     a format that is not like K4V4.
     """
     settings = [format_of(name) for name in formats]
-    device = jax.devices()[0]
-    gpu = device.platform == "gpu"
-    if not gpu:
-        report("no GPU here: only the xla implementation is measured, and the sizes say little")
+    machine, gpu = sweep.begin(report)
     rate = timing.copy_rate(sizes.repeat, gpu)
     results = []
     for batch, tokens in product(sizes.batches, sizes.tokens):
         for name, fmt in zip(formats, settings, strict=True):
             for implementation in ("mosaic_gpu", "xla") if gpu else ("xla",):
                 report(f"{name} {implementation}, batch {batch}, {tokens} tokens")
-                try:
-                    found = _append(sizes, batch, tokens, fmt, implementation, gpu)
-                except (RuntimeError, ArithmeticError) as e:
-                    found = {"error": str(e).splitlines()[0]}
+                case = partial(_append, sizes, batch, tokens, fmt, implementation, gpu)
                 row = {"name": name, "implementation": implementation}
-                results.append({"batch": batch, "tokens": tokens, **row, **found})
-    machine = {
-        "device_platform": device.platform,
-        "device": device.device_kind,
-        "jax": jax.__version__,
-    }
+                results.append({"batch": batch, "tokens": tokens, **row, **sweep.outcome(case)})
     shape = {"head_dim": sizes.head_dim, "kv_heads": sizes.kv_heads, "dtype": sizes.dtype}
     return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
 
@@ -165,10 +149,9 @@ def _tokens(sizes: Sizes, batch: int, tokens: int, seed: int) -> list[jax.Array]
 
 def table(found: dict[str, Any]) -> str:
     """`run`'s result as text for people."""
-    machine, shape, rate = found["machine"], found["shape"], found["copy_rate"]
+    rate = found["copy_rate"]
     lines = [
-        f"{machine['device']}, jax {machine['jax']}, "
-        + ", ".join(f"{name} {value}" for name, value in shape.items()),
+        sweep.heading(found),
         f"copy: {rate / 1e9:.1f} GB/s (read and written)",
         f"{'batch':>5}{'tokens':>8}  {'':6}{'':12}{'us':>10}{'wall':>10}{'GB/s':>8}{'of copy':>8}"
         f"{'x xla':>8}{'launches':>9}",
@@ -179,7 +162,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"{start}  {row['error']}")
             continue
         speed = row["bytes"] / row["us"] * 1e6
-        ratio = _times_xla(found, row)
+        same = ("batch", "tokens", "name")
+        ratio = sweep.speedup(found, row, same, lambda x: x["implementation"] == "xla")
         lines.append(
             f"{start}{row['us']:10.1f}{row['wall_us']:10.1f}{speed / 1e9:8.1f}{speed / rate:8.2f}"
             f"{f'{ratio:.1f}' if ratio else '-':>8}{row.get('launches', '-'):>9}"
@@ -187,35 +171,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _times_xla(found: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """How many times faster the row is than xla at the same."""
-    for other in found["results"]:
-        same = all(other[key] == row[key] for key in ("batch", "tokens", "name"))
-        if same and other["implementation"] == "xla" and "us" in other:
-            return other["us"] / row["us"]
-    return None
-
-
 def plot(found: dict[str, Any], file: str) -> None:
     """Draws the share of the copy bandwidth against tokens, a panel a batch; needs matplotlib."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in found["results"] if "us" in row]
-    batches = sorted({row["batch"] for row in rows})
-    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
-    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    figure, panels = sweep.panels(rows)
     kinds = list(dict.fromkeys((row["name"], row["implementation"]) for row in rows))
-    for axes, batch in zip(panels, batches, strict=True):
+    for batch, axes in panels.items():
         for kind in kinds:
             points = [
                 (row["tokens"], row["bytes"] / row["us"] * 1e6 / found["copy_rate"])
                 for row in rows
                 if (row["name"], row["implementation"], row["batch"]) == (*kind, batch)
             ]
-            style = "--" if kind[1] == "xla" else "-"
-            label = " ".join(kind)
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=3, label=label)
+            sweep.line(axes, points, " ".join(kind), dashed=kind[1] == "xla")
         axes.set(xscale="log", xlabel="new tokens", ylabel="share of copy", title=f"batch {batch}")
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"append, {found['machine']['device']}", fontsize=10)
-    figure.savefig(file, dpi=150)
+    title = f"append, {found['machine']['device']}"
+    sweep.save(figure, next(iter(panels.values())), title, file)

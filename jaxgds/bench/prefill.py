@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import pallas_kernels as pk
-from jaxgds.bench import timing
+from jaxgds.bench import sweep, timing
 from jaxgds.bench.decode import format_of, full_cache
 
 
@@ -41,9 +40,7 @@ class Sizes:
     repeat: int = 5
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if np.min(value) < 1:
-                raise ValueError(f"{name}={value} is not positive")
+        sweep.check_positive(self)
         for seq in self.seqs:
             if seq % self.chunk:
                 raise ValueError(f"{seq=} is not a multiple of chunk={self.chunk}")
@@ -60,10 +57,7 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
     is wrong or does not fit). Raises ValueError for a format that is not like K4V4.
     """
     settings = [format_of(name) for name in formats]
-    device = jax.devices()[0]
-    gpu = device.platform == "gpu"
-    if not gpu:
-        report("no GPU here: only the xla implementation is measured, and the sizes say little")
+    machine, gpu = sweep.begin(report)
     results = []
     for batch, seq in product(sizes.batches, sizes.seqs):
         baseline = "cudnn" if gpu else "xla"
@@ -74,16 +68,7 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
             cases.append((name, partial(_compressed, sizes, batch, seq, fmt, gpu)))
         for name, case in cases:
             report(f"{name}, batch {batch}, {seq} tokens")
-            try:
-                found = case()
-            except (RuntimeError, ArithmeticError) as e:
-                found = {"error": str(e).splitlines()[0]}
-            results.append({"name": name, "batch": batch, "seq": seq, **found})
-    machine = {
-        "device_platform": device.platform,
-        "device": device.device_kind,
-        "jax": jax.__version__,
-    }
+            results.append({"name": name, "batch": batch, "seq": seq, **sweep.outcome(case)})
     names = ("chunk", "head_dim", "group", "kv_heads")
     shape = {name: getattr(sizes, name) for name in names}
     return {"machine": machine, "shape": shape, "results": results}
@@ -133,12 +118,10 @@ def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool)
         few_q, few_k, few_v = (x[:, :_CHECKED] for x in (q, k, v))
         cache = of(full, seq - sizes.chunk)
         got, want = (
-            np.asarray(pk.prefill_attention(few_q, few_k, few_v, cache, implementation=x), float)
+            pk.prefill_attention(few_q, few_k, few_v, cache, implementation=x)
             for x in ("mosaic_gpu", "xla")
         )
-        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-        if not error <= _TOLERANCE:
-            raise ArithmeticError(f"wrong: the result differs from xla's by {error:.1e}")
+        error = sweep.checked_error(got, want, _TOLERANCE)
     measured = timing.measure(chunks, q, [(k, v, full)], sizes.repeat, gpu)
     return {
         "implementation": implementation,
@@ -150,10 +133,8 @@ def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool)
 
 def table(found: dict[str, Any]) -> str:
     """`run`'s result as text for people."""
-    machine, shape = found["machine"], found["shape"]
     lines = [
-        f"{machine['device']}, jax {machine['jax']}, "
-        + ", ".join(f"{name} {value}" for name, value in shape.items()),
+        sweep.heading(found),
         f"{'batch':>5}{'tokens':>8}  {'':12}{'us':>10}{'wall':>10}{'TFLOP/s':>9}{'of bf16':>8}"
         f"{'launches':>9}",
     ]
@@ -162,20 +143,12 @@ def table(found: dict[str, Any]) -> str:
         if "us" not in row:
             lines.append(f"{start}  {row['error']}")
             continue
-        bf16 = _bf16_us(found, row)
+        bf16 = sweep.speedup(found, row, ("batch", "seq"), lambda x: x["name"].startswith("bf16"))
         lines.append(
             f"{start}{row['us']:10.1f}{row['wall_us']:10.1f}{row['flops'] / row['us'] / 1e6:9.1f}"
-            f"{f'{bf16 / row["us"]:.2f}' if bf16 else '-':>8}{row.get('launches', '-'):>9}"
+            f"{f'{bf16:.2f}' if bf16 else '-':>8}{row.get('launches', '-'):>9}"
         )
     return "\n".join(lines)
-
-
-def _bf16_us(found: dict[str, Any], row: dict[str, Any]) -> float | None:
-    for other in found["results"]:
-        same = all(other[key] == row[key] for key in ("batch", "seq"))
-        if same and other["name"].startswith("bf16") and "us" in other:
-            return other["us"]
-    return None
 
 
 def plot(found: dict[str, Any], file: str) -> None:
@@ -191,11 +164,8 @@ def plot(found: dict[str, Any], file: str) -> None:
             for row in rows
             if (row["name"], row["batch"]) == (name, batch)
         ]
-        style = "--" if " " in name else "-"
-        label = f"{name}, batch {batch}"
-        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=3, label=label)
+        sweep.line(axes, points, f"{name}, batch {batch}", dashed=" " in name)
     axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="TFLOP/s")
     axes.set_ylim(0)
-    axes.legend(fontsize=8)
-    figure.suptitle(f"prefill attention, {found['machine']['device']}", fontsize=10)
-    figure.savefig(file, dpi=150)
+    title = f"prefill attention, {found['machine']['device']}"
+    sweep.save(figure, axes, title, file)
