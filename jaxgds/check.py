@@ -5,20 +5,19 @@ import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from jaxgds import quantize, sources
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Index, StoredArray, open_index
-from jaxgds.prepare import BLOCK_BYTES, DESCRIPTION
+from jaxgds.prepared import DESCRIPTION
 from jaxgds.progress import Arrived, shown
 from jaxgds.scatter import Box, slabs
 from jaxgds.sources import Model, Tensor
+from jaxgds.verify import damaged_files, verify
 
 
 SAMPLES = 4  # parts of each tensor that are compared with the source
@@ -61,7 +60,7 @@ def check(
         or the source is damaged.
     """
     destination = os.path.abspath(os.fspath(destination))
-    entries, files, recorded = _read_description(os.path.join(destination, DESCRIPTION))
+    entries, recorded = _read_description(os.path.join(destination, DESCRIPTION))
     source = source or recorded
     if not os.path.exists(source):
         raise CheckpointError(
@@ -69,30 +68,25 @@ def check(
             "jaxgds prepare --check SRC DST"
         )
     index, model = open_index(destination), sources.open_model(source)
-    problems = list(_structure(entries, index, model))
     found = {"source": model.path, "destination": destination, "arrays": len(entries)}
-    if not problems:
-        arrays = {name: index.array(name) for name in entries}
-        nbytes = sum(len(e.chunks) * arrays[n].layout.chunk_nbytes for n, e in entries.items())
-        samples = {t.name: _samples(t) for t in model.tensors}
-        sampled = sum(
-            _size(box) * t.dtype.itemsize for t in model.tensors for box in samples[t.name]
-        )
-        with shown(nbytes + sampled, "check", after=0) as moved:
-            problems = [
-                *_checksums(entries, arrays, moved),
-                *_values(entries, arrays, model, samples, moved),
-            ]
-        found |= {
-            "chunks": sum(len(entry.chunks) for entry in entries.values()),
-            "bytes": nbytes,
-            "sampled_bytes": sampled,
-        }
-    return found | {"problems": [*_files(destination, files), *problems]}
+    if wrong := list(_structure(entries, index, model)):
+        return found | {"problems": [*damaged_files(destination), *wrong]}
+    samples = {t.name: _samples(t) for t in model.tensors}
+    sampled = sum(_size(box) * t.dtype.itemsize for t in model.tensors for box in samples[t.name])
+    verified = verify(destination)
+    arrays = {name: index.array(name) for name in entries}
+    with shown(sampled, "check", after=0) as moved:
+        differ = _values(entries, arrays, model, samples, moved)
+    return found | {
+        "chunks": verified["chunks"],
+        "bytes": verified["bytes"],
+        "sampled_bytes": sampled,
+        "problems": [*verified["problems"], *differ],
+    }
 
 
-def _read_description(file: str) -> tuple[dict[str, _Entry], dict[str, str], str]:
-    """The arrays of a prepared checkpoint, the checksums of its small files, its source's path."""
+def _read_description(file: str) -> tuple[dict[str, _Entry], str]:
+    """The arrays of a prepared checkpoint, and the path of its source."""
     try:
         with open(file, "rb") as f:
             description = json.load(f)
@@ -110,23 +104,11 @@ def _read_description(file: str) -> tuple[dict[str, _Entry], dict[str, str], str
             )
             for name, entry in description["arrays"].items()
         }
-        return entries, dict(description["files"]), description["source"]["path"]
+        return entries, description["source"]["path"]
     except OSError as e:
         raise CheckpointError(f"{file}: not a prepared checkpoint: {e}") from e
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file}: damaged: {e!r}") from e
-
-
-def _files(folder: str, checksums: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with the files beside the data."""
-    for name, checksum in checksums.items():
-        path = os.path.join(folder, name)
-        try:
-            with open(path, "rb") as f:
-                if xxhash.xxh3_128_hexdigest(f.read()) != checksum:
-                    yield f"{path} fails its checksum"
-        except OSError as e:
-            yield f"{path} cannot be read: {e}"
 
 
 def _structure(entries: Mapping[str, _Entry], index: Index, model: Model) -> Iterator[str]:
@@ -151,33 +133,6 @@ def _structure(entries: Mapping[str, _Entry], index: Index, model: Model) -> Ite
 
 def _scales(entries: Mapping[str, _Entry]) -> set[str | None]:
     return {entry.scale for entry in entries.values()}
-
-
-def _checksums(
-    entries: Mapping[str, _Entry], arrays: Mapping[str, StoredArray], moved: Arrived
-) -> list[str]:
-    """Reads all chunks; what is wrong with them."""
-
-    def verify(array: StoredArray, at: tuple[int, ...], checksum: str) -> str | None:
-        what = f"{array.name}: its chunk {at}"
-        try:
-            source = array.chunk(at)
-            size = len(source) if isinstance(source, bytes) else source.nbytes
-            digest = xxhash.xxh3_128()
-            for start in range(0, size, BLOCK_BYTES):
-                part = min(BLOCK_BYTES, size - start)
-                digest.update(sources.read_range(source, start, part, what))
-                moved(part)
-        except CheckpointError as e:
-            return str(e)
-        if digest.hexdigest() == checksum:
-            return None
-        where = "the B-tree" if isinstance(source, bytes) else source.file
-        return f"{what} in {where} fails its checksum"
-
-    chunks = [(arrays[n], *chunk) for n, entry in entries.items() for chunk in entry.chunks.items()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [p for p in pool.map(verify, *zip(*chunks, strict=True)) if p]
 
 
 def _values(

@@ -44,7 +44,6 @@ from jaxgds.scatter import Box, slabs
 from jaxgds.sources import Model, Tensor
 
 
-DESCRIPTION = "jaxgds.json"
 BLOCK_BYTES = 16 << 20  # read, converted and written at a time
 _SLACK = 64 << 20  # free space asked for beyond the data
 
@@ -121,7 +120,7 @@ def prepare(
         description = _describe(model, rules, mesh, method, jobs, writer.checksums) | {
             "files": {name: xxhash.xxh3_128_hexdigest(x) for name, x in sorted(files.items())}
         }
-        files[DESCRIPTION] = json.dumps(description, indent=1).encode()
+        files[prepared.DESCRIPTION] = json.dumps(description, indent=1).encode()
         for name, content in files.items():
             write_file(os.path.join(folder, name), content)
     inline = sum(a.chunk_nbytes for a in arrays for c in a.chunks() if a.key(c) not in places)

@@ -22,6 +22,7 @@ from jaxgds.sources import name_of
 
 PAGE = 4096  # what direct I/O wants offsets to be multiples of
 FILE_BYTES = 2 << 30  # where a rank's files are cut
+DESCRIPTION = "jaxgds.json"  # checksums, and what the arrays were made of
 NODE_FILE = "d/btree"
 
 

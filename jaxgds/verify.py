@@ -22,11 +22,11 @@ from jaxgds.errors import CheckpointError
 from jaxgds.index import Index, Source, StoredArray, nbytes_of, open_index
 from jaxgds.load import item_directory
 from jaxgds.plan import Read
+from jaxgds.prepared import DESCRIPTION
 from jaxgds.progress import Arrived, shown
 from jaxgds.safetensors import is_safetensors, open_safetensors
 
 
-DESCRIPTION = "jaxgds.json"
 BLOCK = 4 << 20
 
 
@@ -121,8 +121,16 @@ def _read_checksums(folder: str) -> _Checksums:
         raise CheckpointError(f"{file}: damaged: {e!r}") from e
 
 
+def damaged_files(folder: str) -> list[str]:
+    """What is wrong with the small files of a prepared checkpoint.
+
+    Raises:
+      CheckpointError: its jaxgds.json is damaged.
+    """
+    return list(_files(folder, _read_checksums(folder)))
+
+
 def _files(folder: str, checksums: _Checksums) -> Iterator[str]:
-    """What is wrong with the small files."""
     for name, checksum in checksums.files.items():
         file = os.path.join(folder, name)
         if os.path.isabs(name) or ".." in name.split("/"):
@@ -183,7 +191,7 @@ def _look(
             digest.update(block)
             arrived(len(block))
         if digest.hexdigest() != checksum:
-            raise CheckpointError(f"{where}: array {array.name!r}: the bytes fail their checksum")
+            raise CheckpointError(f"{where}: array {array.name!r}: fails its checksum")
         return True
     read = Read(array.name, source, array.layout.codec, ())
     if read.codec == "zstd":
