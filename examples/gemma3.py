@@ -6,14 +6,13 @@ from pathlib import Path
 
 import gguf
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from examples import download, llama
-from examples.smollm2 import field
+from examples.smollm2 import field, weights
 from examples.smollm2 import open_gguf as open_gguf
 
 
@@ -123,19 +122,7 @@ def read_weights(
 
     The file's norms are those of a plain RMSNorm, its queries and keys in the order of `rope`.
     """
-    for tensor in reader.tensors:
-        x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)  # [out, in], float32
-        match tensor.name.removesuffix(".weight").split("."):
-            case ["token_embd"]:
-                yield ("embed", "embedding"), x.astype(ml_dtypes.bfloat16)
-            case ["output_norm"]:
-                yield ("norm", "scale"), x
-            case ["blk", layer, name] if name in LAYER_NAMES:
-                if x.ndim == 2:
-                    x = np.ascontiguousarray(x.T).astype(ml_dtypes.bfloat16)
-                yield ("blocks", int(layer), *LAYER_NAMES[name].split(".")), x
-            case _:
-                raise ValueError(f"{tensor.name=} is no weight of a Gemma 3 with tied embeddings")
+    return weights(reader, "Gemma 3", LAYER_NAMES)
 
 
 def read_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:

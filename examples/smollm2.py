@@ -1,6 +1,6 @@
 """SmolLM2 from a llama.cpp GGUF file: configuration, weights and tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -60,6 +60,24 @@ def read_weights(
     reader: gguf.GGUFReader, config: Config
 ) -> Iterator[tuple[tuple[str | int, ...], np.ndarray]]:
     """Each weight of `llama.Llama` with its path: matrices as bfloat16, norms as float32."""
+
+    def rows(name: str, x: np.ndarray) -> np.ndarray:
+        return half_split_rows(x, config.head_dim) if name in ("attn_q", "attn_k") else x
+
+    return weights(reader, "Llama", LAYER_NAMES, rows)
+
+
+def weights(
+    reader: gguf.GGUFReader,
+    model: str,
+    layer_names: Mapping[str, str],
+    change: Callable[[str, np.ndarray], np.ndarray] = lambda name, x: x,
+) -> Iterator[tuple[tuple[str | int, ...], np.ndarray]]:
+    """As `read_weights`, of any model with tied embeddings.
+
+    layer_names: what a layer's tensors are called in the file and in the model; change: what is
+    done to one (its name, [out, in] in float32) before it is transposed.
+    """
     for tensor in reader.tensors:
         x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)  # [out, in], float32
         match tensor.name.removesuffix(".weight").split("."):
@@ -67,14 +85,13 @@ def read_weights(
                 yield ("embed", "embedding"), x.astype(ml_dtypes.bfloat16)
             case ["output_norm"]:
                 yield ("norm", "scale"), x
-            case ["blk", layer, name] if name in LAYER_NAMES:
-                if name in ("attn_q", "attn_k"):
-                    x = half_split_rows(x, config.head_dim)
+            case ["blk", layer, name] if name in layer_names:
+                x = change(name, x)
                 if x.ndim == 2:
                     x = np.ascontiguousarray(x.T).astype(ml_dtypes.bfloat16)
-                yield ("blocks", int(layer), *LAYER_NAMES[name].split(".")), x
+                yield ("blocks", int(layer), *layer_names[name].split(".")), x
             case _:
-                raise ValueError(f"{tensor.name=} is no weight of a Llama with tied embeddings")
+                raise ValueError(f"{tensor.name=} is no weight of a {model} with tied embeddings")
 
 
 def half_split_rows(x: np.ndarray, head_dim: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import jax
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,6 @@ from jaxgds.prepare import prepare
 from jaxgds.rules import Mesh
 
 
-gguf = pytest.importorskip("gguf")
 Q8_0, Q4_1 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1
 HEAD_DIM = 16
 NAMES = {
