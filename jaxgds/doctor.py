@@ -63,7 +63,7 @@ def _gds() -> dict[str, Any]:
         kvikio = next(version(n) for n in ("kvikio-cu13", "kvikio-cu12") if _installed(n))
     except StopIteration:
         kvikio = None
-    nvfs = "/proc/driver/nvidia-fs/version"
+    nvfs = f"{gds_proof.NVIDIA_FS}/version"
     return {
         "nvidia_driver": os.path.exists("/proc/driver/nvidia/version"),
         "nvidia_fs": _read(nvfs) if os.path.exists(nvfs) else None,

@@ -75,7 +75,6 @@ _SIGNATURES = {
     "cuEventDestroy_v2": [c_void_p],
     "cuMemcpyHtoDAsync_v2": [c_uint64, c_void_p, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_uint64, c_uint64, c_size_t, c_void_p],
-    "cuMemcpyDtoHAsync_v2": [c_void_p, c_uint64, c_size_t, c_void_p],
     "cuMemcpy3DAsync_v2": [POINTER(Copy3D), c_void_p],
 }
 
