@@ -28,7 +28,7 @@ from pallas_kernels.cache import KVCache
 from pallas_kernels.mosaic import blackwell, levels
 from pallas_kernels.mosaic.exact import LOWEST, capped
 from pallas_kernels.mosaic.prefill_hopper import Keys, tile_tokens
-from pallas_kernels.mosaic.prefill_tiles import Sources, Tiles, produce_tiles
+from pallas_kernels.mosaic.prefill_tiles import both_sides, produce_tiles
 from pallas_kernels.mosaic.row_levels import LAYOUT, ROWS
 from pallas_kernels.mosaic.tiles import along_rows, full, smem
 from pallas_kernels.packing import plane_bits
@@ -83,7 +83,8 @@ def attention(
     planes = [x.reshape(*x.shape[:2], -1, 128) for x in (*cache.k_planes, *cache.v_planes)]
     pages = max(1, tile // fmt.page_size)
     parts = max(1, fmt.page_size // tile)  # tiles that a page is cut into
-    key_planes = len(plane_bits(fmt.key_bits))
+    counts = [len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits)]
+    key_planes = counts[0]
     lines = [x.shape[2] * pages for x in planes]
     lines = [n // parts if i < key_planes else n for i, n in enumerate(lines)]
     stages, code_stages = _stages(d, tile, 128 * sum(lines) + 4 * tile)
@@ -116,7 +117,7 @@ def attention(
             scores_then_p,
             plgpu.TMEM((ROWS, number * d), jnp.float32),
             plgpu.Barrier(num_barriers=number),
-            plgpu.Barrier(num_arrivals=pages * len(planes) + 2, num_barriers=code_stages),
+            *(plgpu.Barrier(num_arrivals=pages * n + 1, num_barriers=code_stages) for n in counts),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=number, num_barriers=stages),
@@ -179,12 +180,11 @@ def _kernel(
     sliding_window,
     interpret,
 ):
-    key_planes, value_planes = (len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits))
-    refs = list(refs)
-    planes, refs = refs[: key_planes + value_planes], refs[key_planes + value_planes :]
+    number = len(plane_bits(fmt.key_bits)) + len(plane_bits(fmt.value_bits))
+    planes, refs = refs[:number], refs[number:]
     vectors, refs = refs[:vectors], refs[vectors:]
     out, q_s, k_s, v_s, codes, scales, scores_then_p, o_t, *barriers = refs
-    q_ready, codes_ready, k_ready, v_ready, k_read, v_read, scored, added = barriers
+    q_ready, *codes_ready, k_ready, v_ready, k_read, v_read, scored, added = barriers
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
     tile, d = k_s.shape[1:]
@@ -208,20 +208,20 @@ def _kernel(
         return lax.rem(i - start, stages)
 
     def produce():
-        produce_tiles(
+        sides = both_sides(
             fmt,
-            tuple(tables[i] for i in range(4)),
-            table.at[batch],
-            (start, packed, end),
-            Sources(
-                [plane.at[:, head] for plane in planes],
-                [x.at[batch, head] for x in (k_scale, v_scale)],
-                k.at[batch, head],
-                v.at[batch, head],
-            ),
-            Tiles(codes, scales, codes_ready, k_s, v_s, k_ready, v_ready, k_read, v_read),
-            interpret,
+            tables,
+            [plane.at[:, head] for plane in planes],
+            codes,
+            (k_scale.at[batch, head], v_scale.at[batch, head]),
+            (k.at[batch, head], v.at[batch, head]),
+            scales,
+            codes_ready,
+            (k_s, v_s),
+            (k_ready, v_ready),
+            (k_read, v_read),
         )
+        produce_tiles(fmt, table.at[batch], (start, packed, end), sides, interpret)
 
     def consume(number):
         here = pl.ds(block * rows + number * ROWS, ROWS)

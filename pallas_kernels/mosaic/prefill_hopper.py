@@ -1,14 +1,16 @@
 """Prefill attention on Hopper: one thread block for 128 queries of a sequence and KV head.
 
 Flash attention, all of it in rotated space, over tiles of 64 or 128 tokens: first the packed ones,
-then the others, which `prefill` rotates. Three warpgroups share the work:
+then the others, which `prefill` rotates. Four warpgroups share the work (three for head_dim 256,
+which leaves no registers for a second producer):
 
-    producer   codes (TMA) -> registers -> float16 K and V in shared memory; dense tiles: TMA only
+    producers  codes (TMA) -> registers -> float16 K, or V, in shared memory; dense tiles: TMA only
     consumers  64 queries each, which they rotate: S = q K^T, online softmax, O += P V, where P
                never leaves the registers; at the end they rotate O back
 
-The scales of the vectors are multiplied in by the producer, half an instruction an element. While
-one consumer waits for its products, the other can do its softmax: taking turns at that was slower.
+The scales of the vectors are multiplied in by the producers, half an instruction an element. A
+consumer's softmax of one tile runs while the tensor cores add the tile before to O, as in
+FlashAttention-3 (arXiv:2407.08608, section 3.2); making the consumers take turns was slower.
 """
 
 import functools
@@ -25,6 +27,7 @@ from jaxtyping import Array, Float, Float16, Int32
 from pallas_kernels.cache import KVCache
 from pallas_kernels.mosaic import levels
 from pallas_kernels.mosaic.exact import LOWEST, capped
+from pallas_kernels.mosaic.prefill_tiles import both_sides, produce_tiles
 from pallas_kernels.mosaic.tiles import (
     along_columns,
     along_rows,
@@ -36,6 +39,7 @@ from pallas_kernels.mosaic.tiles import (
     rotation_matrix,
     smem,
     store_result,
+    two_products,
     warp_any,
 )
 from pallas_kernels.packing import plane_bits
@@ -47,27 +51,13 @@ ROWS = _CONSUMERS * _PART  # queries of a block
 # How far a score, to the base 2, may lie over the one that exponentials are taken relative to.
 _SLACK = 8.0
 _SHARED_MEMORY = 226 * 1024
-# Registers of a consumer's thread and of a producer's, by head_dim; 504 for the three warpgroups.
-_REGISTERS = {64: (208, 88), 128: (208, 88), 256: (216, 72)}
+# Registers of a consumer's thread and of a producer's, by head_dim; 504 or 512 in all.
+_REGISTERS = {64: (176, 80), 128: (200, 56), 256: (216, 72)}
 
 
 def tile_tokens(head_dim: int) -> int:
     """Tokens that are attended to at once."""
     return 64 if head_dim == 256 else 128
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Rotated queries, as the Blackwell kernel takes them: for each token those of its group.
-
-    scores = scale * (x @ k), to the base 2; bias: what is then to be added. place: of the token
-    in the chunk.
-    """
-
-    x: Float16[Array, "batch kv_heads rows head_dim"]
-    scale: Float[Array, "batch kv_heads rows"]
-    bias: Float[Array, "batch kv_heads rows"] | None
-    place: Float[Array, " rows"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,8 @@ def attention(
     planes = [x.reshape(*x.shape[:2], -1, 128) for x in (*cache.k_planes, *cache.v_planes)]
     pages = max(1, tile // fmt.page_size)
     parts = max(1, fmt.page_size // tile)  # tiles that a page is cut into
-    key_planes = len(plane_bits(fmt.key_bits))
+    counts = [len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits)]
+    key_planes = counts[0]
     lines = [x.shape[2] * pages for x in planes]
     lines = [n // parts if i < key_planes else n for i, n in enumerate(lines)]
     stages, code_stages = _stages(d, tile, 128 * sum(lines) + 4 * tile)
@@ -151,7 +142,7 @@ def attention(
             smem((stages, d, tile), jnp.float16),
             tuple(plgpu.SMEM((code_stages, n, 128), jnp.uint8) for n in lines),
             tuple(plgpu.SMEM((code_stages, tile), jnp.float16) for _ in range(2)),
-            plgpu.Barrier(num_arrivals=pages * len(planes) + 2, num_barriers=code_stages),
+            *(plgpu.Barrier(num_arrivals=pages * n + 1, num_barriers=code_stages) for n in counts),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
@@ -159,7 +150,7 @@ def attention(
         ),
         grid=(batch, heads, pl.cdiv(group * (new // _PART), _CONSUMERS)),
         grid_names=("batch", "head", "block"),
-        num_threads=_CONSUMERS + 1,
+        num_threads=_CONSUMERS + len(_producers(d, 0, 1)),
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
@@ -221,15 +212,13 @@ def _kernel(
     sliding_window,
     interpret,
 ):
-    key_planes, value_planes = (len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits))
-    refs = list(refs)
-    planes, refs = refs[: key_planes + value_planes], refs[key_planes + value_planes :]
+    number = len(plane_bits(fmt.key_bits)) + len(plane_bits(fmt.value_bits))
+    planes, refs = refs[:number], refs[number:]
     biases, (out, q_s, k_s, v_s, codes, scales, *barriers) = refs[:bias], refs[bias:]
-    codes_ready, k_ready, v_ready, k_read, v_read = barriers
+    *codes_ready, k_ready, v_ready, k_read, v_read = barriers
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
     tile, d = k_s.shape[1:]
-    parts = tile // _PART
     # Each consumer has 64 tokens of one query head; those after the others first, as they see more.
     last_work = group * (q.shape[1] // _PART) - 1 - _CONSUMERS * block
 
@@ -257,128 +246,33 @@ def _kernel(
     # Before and after the keys, the places of keys take what rotates queries and results.
     pieces, width = max(1, d // tile), min(d, tile)
 
-    def k_use(i):
-        return i - start + pieces
+    sides = both_sides(
+        fmt,
+        tables,
+        [plane.at[:, head] for plane in planes],
+        codes,
+        (k_scale.at[batch, head], v_scale.at[batch, head]),
+        (k.at[batch, head], v.at[batch, head]),
+        scales,
+        codes_ready,
+        (k_s, v_s),
+        (k_ready, v_ready),
+        (k_read, v_read),
+        used=pieces,
+    )
 
-    def v_use(i):
-        return i - start
-
-    def produce():
-        pages_at_once, cut = max(1, tile // fmt.page_size), max(1, fmt.page_size // tile)
-        k_table, v_table = ((tables[i], tables[i + 1]) for i in (0, 2))
-
-        def fetch(i):
-            slot = lax.rem(i - start, code_stages)
-            pages = [table[batch, i // cut * pages_at_once + j] for j in range(pages_at_once)]
-
-            @plgpu.warp_map
-            def _(warp):
-                @pl.when(warp == 0)
-                def _():
-                    ready = codes_ready.at[slot]
-                    for j, page in enumerate(pages):
-                        for plane, (source, to) in enumerate(zip(planes, codes, strict=True)):
-                            n = to.shape[1] // pages_at_once
-                            source = source.at[page, head]
-                            if plane < key_planes and cut > 1:
-                                source = source.at[pl.ds(lax.rem(i, cut) * n, n)]
-                            here = to.at[slot, j * n : (j + 1) * n]
-                            plgpu.copy_gmem_to_smem(source, here, ready)
-                    for source, to in zip((k_scale, v_scale), scales, strict=True):
-                        here = source.at[batch, head, pl.ds(i * tile, tile)]
-                        plgpu.copy_gmem_to_smem(here, to.at[slot], ready)
-
-        def part_of(refs, slot, part):
-            """The codes of one part of a tile, where parts lie one after another."""
-            sizes = [ref.shape[1] // parts for ref in refs]
-            return [
-                ref.at[slot, part * n : (part + 1) * n] for ref, n in zip(refs, sizes, strict=True)
-            ]
-
-        def packed_tile(i, _):
-            code, slot = lax.rem(i - start, code_stages), free(k_read, k_use(i))
-            plgpu.barrier_wait(codes_ready.at[code])
-            for part in range(parts):
-                refs = part_of(codes[:key_planes], code, part)
-                here = slice(part * _PART, (part + 1) * _PART)
-                x = levels.load_levels(
-                    refs,
-                    k_table,
-                    fmt.key_bits,
-                    _PART,
-                    d,
-                    rows_of=fmt.value_bits,
-                    interpret=interpret,
-                )
-                scale = _load(scales[0].at[code, here], 1, interpret)
-                k_s.at[slot, here][...] = x * along_rows(scale, d)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(k_ready.at[slot])
-            slot = free(v_read, v_use(i))
-            for part in range(parts):
-                refs = codes[key_planes:]
-                if fmt.page_size <= _PART:
-                    refs, number = part_of(refs, code, part), 0
-                else:
-                    refs, number = [ref.at[code] for ref in refs], part + lax.rem(i, cut)
-                here = slice(part * _PART, (part + 1) * _PART)
-                scale = _load(scales[1].at[code, here], 0, interpret)
-                for row in range(0, d, _PART):  # as few registers at a time as can be
-                    only = slice(row, row + _PART)
-                    x = levels.load_levels(
-                        refs,
-                        v_table,
-                        fmt.value_bits,
-                        d,
-                        _PART,
-                        page_size=fmt.page_size,
-                        part=number,
-                        only=only,
-                        interpret=interpret,
-                    )
-                    v_s.at[slot, only, here][...] = x * along_columns(scale, _PART)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(v_ready.at[slot])
-
-            # All warps have read these codes.
-            @pl.when(i + code_stages < packed_end)
-            def _():
-                fetch(i + code_stages)
-
-        def dense_tile(i, _):
-            here, slot = pl.ds((i - packed) * tile, tile), free(k_read, k_use(i))
-            plgpu.copy_gmem_to_smem(k.at[batch, head, here], k_s.at[slot], k_ready.at[slot])
-            slot = free(v_read, v_use(i))
-            plgpu.copy_gmem_to_smem(v.at[batch, head, :, here], v_s.at[slot], v_ready.at[slot])
-
-        def rotation(number, piece, use):
-            slot = free(k_read, use)
+    def rotation(number, first_use):
+        for piece in range(pieces):
+            slot = sides[0].free(first_use + piece)
             source = rotations.at[number, piece * width : (piece + 1) * width]
             plgpu.copy_gmem_to_smem(source, k_s.at[slot, :width], k_ready.at[slot])
 
-        def free(read, use):
-            """The place for this use, once those who read what was there before have done so."""
-            slot = lax.rem(use, stages)
-
-            @pl.when(use >= stages)
-            def _():
-                plgpu.barrier_wait(read.at[slot])
-
-            return slot
-
-        packed_end = jnp.minimum(packed, end)
-        for ahead in range(code_stages):
-
-            @pl.when(start + ahead < packed_end)
-            def _(i=start + ahead):
-                fetch(i)
-
-        for piece in range(pieces):
-            rotation(0, piece, jnp.int32(piece))
-        lax.fori_loop(start, packed_end, packed_tile, None)
-        lax.fori_loop(jnp.maximum(start, packed), end, dense_tile, None)
-        for piece in range(pieces):
-            rotation(1, piece, k_use(end) + piece)
+    def produce(made):
+        if made[0].kind == "keys":
+            rotation(0, jnp.int32(-pieces))
+        produce_tiles(fmt, table.at[batch], (start, packed, end), made, interpret)
+        if made[0].kind == "keys":
+            rotation(1, end - start)
 
     def consume():
         token, of_group = work_of(warpgroup)
@@ -430,13 +324,11 @@ def _kernel(
                 seen &= tokens > along_rows(position - sliding_window, tile)
             return seen
 
-        def step(i, state, masked):
-            acc, total, shift = state
-            slot = lax.rem(k_use(i), stages)
-            plgpu.barrier_wait(k_ready.at[slot])
-            s = matmul(q_here, k_s.at[slot], interpret)
-            plgpu.barrier_arrive(k_read.at[slot])
-            slot = lax.rem(v_use(i), stages)
+        def softmax(i, s, total, shift, masked):
+            """p of tile i, total and shift with it, and what moves earlier results to that shift.
+
+            By as much as `down`, a row, and not at all where `over` is 0.
+            """
             plain = not masked and soft_cap is None
             if plain:  # scaled below, in the same instruction that subtracts the shift
                 top = jnp.max(s, axis=1) * scale
@@ -450,36 +342,74 @@ def _kernel(
                     s = jnp.where(visible(i), s, full((_PART, tile), LOWEST))
                 top = jnp.max(s, axis=1)
 
-            def adapt(acc, total, shift):
+            def adapt(total, shift):
                 raised = jnp.maximum(shift, top)
                 down = jnp.exp2(shift - raised)
-                return acc * along_rows(down, d), total * down, raised
+                return total * down, raised, down
 
             over = warp_any(top - shift, _SLACK, interpret)
-            acc, total, shift = lax.cond(over != 0, adapt, lambda *x: x, acc, total, shift)
+            total, shift, down = lax.cond(
+                over != 0, adapt, lambda *x: (*x, full((_PART,), 1.0, by_row)), total, shift
+            )
             if plain:
                 s = s * along_rows(scale, tile)
             p = jnp.exp2(s - along_rows(shift, tile))
             total = total + jnp.sum(p, axis=1)
-            p = p.astype(jnp.float16)
-            if not interpret:
-                # The softmax is not to wait for V.
-                acc, total, shift, p = lax.optimization_barrier((acc, total, shift, p))
-            plgpu.barrier_wait(v_ready.at[slot])
-            acc = matmul(p, v_s.at[slot], interpret, acc)
-            plgpu.barrier_arrive(v_read.at[slot])
-            return acc, total, shift
+            return p, total, shift, down, over
+
+        def step(i, state, masked):
+            acc, total, shift, p = state
+            slot = lax.rem(i - start + pieces, stages)
+            before = lax.rem(jnp.maximum(i - 1, start) - start, stages)
+            plgpu.barrier_wait(k_ready.at[slot])
+
+            def weigh(s):
+                plgpu.barrier_arrive(k_read.at[slot])
+                return softmax(i, s, total, shift, masked)
+
+            def wait_for_values():
+                @pl.when(i > start)
+                def _():
+                    plgpu.barrier_wait(v_ready.at[lax.rem(i - start, stages)])
+
+            def values_read():
+                @pl.when(i > start)
+                def _():
+                    plgpu.barrier_arrive(v_read.at[before])
+
+            # The softmax of this tile goes on beside the product of the one before with V. (Waiting
+            # for V between the two keeps ptxas from moving the softmax behind both products.)
+            acc, p, total, shift, down, over = two_products(
+                (q_here, k_s.at[slot]),
+                (p, v_s.at[before], acc),
+                weigh,
+                wait_for_values,
+                values_read,
+                at_once=not masked and d < 256,  # the others have no register left
+                interpret=interpret,
+            )
+            acc = lax.cond(over != 0, lambda x: x * along_rows(down, d), lambda x: x, acc)
+            return acc, total, shift, p.astype(jnp.float16)
 
         by_row = plgpu.Layout.WGMMA.reduce(1)
-        state = full((_PART, d), 0.0), full((_PART,), 0.0, by_row), full((_PART,), LOWEST, by_row)
+        state = (
+            full((_PART, d), 0.0),
+            full((_PART,), 0.0, by_row),
+            full((_PART,), LOWEST, by_row),
+            full((_PART, tile), 0.0).astype(jnp.float16),  # times the first V, which is finite
+        )
+        plgpu.barrier_wait(v_ready.at[0])
         masked, unmasked = (functools.partial(step, masked=x) for x in (True, False))
+        if not interpret:  # or ptxas keeps two of each, the known zeros and what they become
+            state = lax.optimization_barrier(state)
         if sliding_window is not None:
-            if not interpret:  # or ptxas keeps two of each, the known zeros and what they become
-                state = lax.optimization_barrier(state)
             state = lax.fori_loop(start, left, masked, state)
         state = lax.fori_loop(left, whole, unmasked, state)
         state = lax.fori_loop(whole, end, masked, state)
-        acc, total, _ = state
+        acc, total, _, p = state
+        slot = lax.rem(end - 1 - start, stages)
+        acc = matmul(p, v_s.at[slot], interpret, acc)
+        plgpu.barrier_arrive(v_read.at[slot])
         exists = along_rows(place_here, width) < full(
             (_PART, width), count[batch].astype(jnp.float32)
         )
@@ -491,7 +421,7 @@ def _kernel(
             store_result(to, x.astype(out.dtype), interpret)
 
         result = (acc * along_rows(1 / total, d)).astype(jnp.float16)
-        rotated([result], k_use(end), store_out)
+        rotated([result], end - start + pieces, store_out)
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
@@ -499,15 +429,15 @@ def _kernel(
             plgpu.set_max_registers(_REGISTERS[d][0], action="increase")
         consume()
 
-    @pl.when(warpgroup == _CONSUMERS)
-    def _():
-        if not interpret:
-            plgpu.set_max_registers(_REGISTERS[d][1], action="decrease")
-        produce()
+    for number, made in enumerate(_producers(d, *sides)):
+
+        @pl.when(warpgroup == _CONSUMERS + number)
+        def _(made=made):
+            if not interpret:
+                plgpu.set_max_registers(_REGISTERS[d][1], action="decrease")
+            produce(made)
 
 
-def _load(ref, axis: int, interpret):
-    """float16 ref [n] in shared memory, one a row (axis 1 is reduced) or one a column (axis 0)."""
-    if interpret:
-        return ref[...]
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+def _producers(head_dim: int, *sides):
+    """What each producer makes: wide vectors leave the registers of one only."""
+    return [sides] if head_dim == 256 else [(side,) for side in sides]

@@ -1,12 +1,13 @@
-"""What one warpgroup of the prefill kernels does: bring the tiles of K and V to shared memory.
+"""What producer warpgroups of the prefill kernels do: bring tiles of K and V to shared memory.
 
 Of packed tokens the codes come through TMA; they are decoded in registers, scaled (half an
 instruction an element) and written as float16, laid out for the tensor cores. Dense tiles come
 through TMA as they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,159 +24,172 @@ PART = 64  # tokens, or channels, that are decoded at a time
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What is read from global memory, of one sequence and KV head.
+class Side:
+    """The keys, or the values, of one sequence and KV head: where they are and where they go.
 
-    planes: of all pages [pages, lines, 128]; scales: of the packed keys and values, float16
-    [packed]; k [dense, d], v [d, dense]: float16.
+    In global memory: planes, of all pages [pages, lines, 128]; scale, of the packed vectors
+    [packed]; dense, keys [dense, d] or values [d, dense]. table: the words of `levels.tables`.
+
+    In shared memory, with an axis of stages in front: codes [lines, 128] and scales [tile] of a
+    tile, and the barrier that says that they are there; tiles, keys [tile, d] or values [d, tile],
+    with one barrier that says so and one that they have been read. used: places of tiles that were
+    taken before the first tile.
     """
 
+    kind: Literal["keys", "values"]
     planes: list
-    scales: list
-    k: Any
-    v: Any
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Shared memory, all with an axis of stages in front, and its barriers.
-
-    codes [lines, 128]: of a tile; scales [tile]; k [tile, d], v [d, tile]; k_read, v_read: arrived
-    at by those who have read a tile.
-    """
-
     codes: Any
+    table: tuple
+    scale: Any
+    dense: Any
     scales: Any
     codes_ready: Any
-    k: Any
-    v: Any
-    k_ready: Any
-    v_ready: Any
-    k_read: Any
-    v_read: Any
+    tiles: Any
+    ready: Any
+    read: Any
+    used: int = 0
+
+    def free(self, use):
+        """The place for this use, once those who read what was there before have done so."""
+        stages = self.tiles.shape[0]
+        slot = lax.rem(use + self.used, stages)
+
+        @pl.when(use + self.used >= stages)
+        def _():
+            plgpu.barrier_wait(self.read.at[slot])
+
+        return slot
 
 
-def produce_tiles(fmt: KVFormat, tables, pages, span, sources, tiles, interpret):
-    """Fills the tiles span[0] to span[2], those before span[1] packed.
+def both_sides(fmt: KVFormat, tables, planes, codes, *pairs, used: int = 0) -> tuple[Side, Side]:
+    """Keys and values. planes, codes, tables: of both, one after the other; pairs: the rest."""
+    words, n = tuple(tables[i] for i in range(4)), len(plane_bits(fmt.key_bits))
+    of_keys, of_values = zip(*pairs, strict=True)
+    return (
+        Side("keys", planes[:n], codes[:n], words[:2], *of_keys, used=used),
+        Side("values", planes[n:], codes[n:], words[2:], *of_values),
+    )
 
-    tables: the words of `levels.tables` of keys and values; pages: of the sequence.
+
+def produce_tiles(fmt: KVFormat, pages, span, sides: Sequence[Side], interpret):
+    """Fills the tiles span[0] to span[2] of each side, those before span[1] packed.
+
+    pages: of the sequence.
     """
     start, packed, end = span
-    stages, tile, d = tiles.k.shape
-    code_stages = tiles.codes[0].shape[0]
-    parts = tile // PART
-    key_planes = len(plane_bits(fmt.key_bits))
-    pages_at_once, cut = max(1, tile // fmt.page_size), max(1, fmt.page_size // tile)
-    k_table, v_table = tables[:2], tables[2:]
     packed_end = jnp.minimum(packed, end)
+    code_stages, tile = sides[0].scales.shape
+    pages_at_once, cut = max(1, tile // fmt.page_size), max(1, fmt.page_size // tile)
 
-    def slot_of(i, of=stages):
-        return lax.rem(i - start, of)
+    def pages_of(i):
+        ids = [i // cut * pages_at_once + j for j in range(pages_at_once)]
+        return tuple(pages[jnp.minimum(j, pages.shape[0] - 1)] for j in ids)
 
-    def fetch(i):
-        slot = slot_of(i, code_stages)
-        ids = [pages[i // cut * pages_at_once + j] for j in range(pages_at_once)]
-
-        @plgpu.warp_map
-        def _(warp):
-            @pl.when(warp == 0)
-            def _():
-                ready = tiles.codes_ready.at[slot]
-                for j, page in enumerate(ids):
-                    for plane, (source, to) in enumerate(
-                        zip(sources.planes, tiles.codes, strict=True)
-                    ):
-                        n = to.shape[1] // pages_at_once
-                        source = source.at[page]
-                        if plane < key_planes and cut > 1:
-                            source = source.at[pl.ds(lax.rem(i, cut) * n, n)]
-                        here = to.at[slot, j * n : (j + 1) * n]
-                        plgpu.copy_gmem_to_smem(source, here, ready)
-                for source, to in zip(sources.scales, tiles.scales, strict=True):
-                    here = source.at[pl.ds(i * tile, tile)]
-                    plgpu.copy_gmem_to_smem(here, to.at[slot], ready)
-
-    def part_of(refs, slot, part):
-        """The codes of one part of a tile, where parts lie one after another."""
-        sizes = [ref.shape[1] // parts for ref in refs]
-        return [ref.at[slot, part * n : (part + 1) * n] for ref, n in zip(refs, sizes, strict=True)]
-
-    def keys_of(i, slot, code):
-        for part in range(parts):
-            here = slice(part * PART, (part + 1) * PART)
-            x = levels.load_levels(
-                part_of(tiles.codes[:key_planes], code, part),
-                k_table,
-                fmt.key_bits,
-                PART,
-                d,
-                rows_of=fmt.value_bits,
-                interpret=interpret,
-            )
-            scale = _load(tiles.scales[0].at[code, here], 1, interpret)
-            tiles.k.at[slot, here][...] = x * along_rows(scale, d)
-
-    def values_of(i, slot, code):
-        for part in range(parts):
-            refs = tiles.codes[key_planes:]
-            if fmt.page_size <= PART:
-                refs, number = part_of(refs, code, part), 0
-            else:
-                refs, number = [ref.at[code] for ref in refs], part + lax.rem(i, cut)
-            here = slice(part * PART, (part + 1) * PART)
-            scale = _load(tiles.scales[1].at[code, here], 0, interpret)
-            for row in range(0, d, PART):  # as few registers at a time as can be
-                only = slice(row, row + PART)
-                x = levels.load_levels(
-                    refs,
-                    v_table,
-                    fmt.value_bits,
-                    d,
-                    PART,
-                    page_size=fmt.page_size,
-                    part=number,
-                    only=only,
-                    interpret=interpret,
-                )
-                tiles.v.at[slot, only, here][...] = x * along_columns(scale, PART)
-
-    def packed_tile(i, _):
-        slot, code = slot_of(i), slot_of(i, code_stages)
-        plgpu.barrier_wait(tiles.codes_ready.at[code])
-        for decode, read, ready in (
-            (keys_of, tiles.k_read, tiles.k_ready),
-            (values_of, tiles.v_read, tiles.v_ready),
-        ):
-            wait_if_used(read, i)
-            decode(i, slot, code)
+    def packed_tile(i, ids):
+        """ids: the pages of the tile that is fetched next, read one tile before."""
+        code, ahead = lax.rem(i - start, code_stages), i + code_stages
+        following = pages_of(ahead + 1)
+        for side in sides:
+            slot = side.free(i - start)
+            plgpu.barrier_wait(side.codes_ready.at[code])
+            decode = _decode_keys if side.kind == "keys" else _decode_values
+            decode(side, fmt, i, code, slot, interpret)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(ready.at[slot])
+            plgpu.barrier_arrive(side.ready.at[slot])
 
-        # All warps have read these codes.
-        @pl.when(i + code_stages < packed_end)
-        def _():
-            fetch(i + code_stages)
+            # All warps have read these codes.
+            @pl.when(ahead < packed_end)
+            def _(side=side):
+                _fetch(side, fmt, ids, ahead, code)
+
+        return following
 
     def dense_tile(i, _):
-        slot, here = slot_of(i), pl.ds((i - packed) * tile, tile)
-        wait_if_used(tiles.k_read, i)
-        plgpu.copy_gmem_to_smem(sources.k.at[here], tiles.k.at[slot], tiles.k_ready.at[slot])
-        wait_if_used(tiles.v_read, i)
-        plgpu.copy_gmem_to_smem(sources.v.at[:, here], tiles.v.at[slot], tiles.v_ready.at[slot])
-
-    def wait_if_used(read, i):
-        @pl.when(i - start >= stages)
-        def _():
-            plgpu.barrier_wait(read.at[slot_of(i)])
+        for side in sides:
+            slot = side.free(i - start)
+            here = pl.ds((i - packed) * tile, tile)
+            source = side.dense.at[here] if side.kind == "keys" else side.dense.at[:, here]
+            plgpu.copy_gmem_to_smem(source, side.tiles.at[slot], side.ready.at[slot])
 
     for ahead in range(code_stages):
 
         @pl.when(start + ahead < packed_end)
-        def _(i=start + ahead):
-            fetch(i)
+        def _(i=start + ahead, code=ahead):
+            for side in sides:
+                _fetch(side, fmt, pages_of(i), i, code)
 
-    lax.fori_loop(start, packed_end, packed_tile, None)
+    lax.fori_loop(start, packed_end, packed_tile, pages_of(start + code_stages))
     lax.fori_loop(jnp.maximum(start, packed), end, dense_tile, None)
+
+
+def _fetch(side: Side, fmt: KVFormat, ids, i, code):
+    """Starts to copy tile i's codes, of these pages, and its scales."""
+    tile, cut = side.scales.shape[1], max(1, fmt.page_size // side.scales.shape[1])
+
+    @plgpu.warp_map
+    def _(warp):
+        @pl.when(warp == 0)
+        def _():
+            ready = side.codes_ready.at[code]
+            for j, page in enumerate(ids):
+                for source, to in zip(side.planes, side.codes, strict=True):
+                    n = to.shape[1] // len(ids)
+                    source = source.at[page]
+                    if side.kind == "keys" and cut > 1:  # the lines of these tokens alone
+                        source = source.at[pl.ds(lax.rem(i, cut) * n, n)]
+                    plgpu.copy_gmem_to_smem(source, to.at[code, j * n : (j + 1) * n], ready)
+            source = side.scale.at[pl.ds(i * tile, tile)]
+            plgpu.copy_gmem_to_smem(source, side.scales.at[code], ready)
+
+
+def _decode_keys(side: Side, fmt: KVFormat, i, code, slot, interpret):
+    del i
+    tile, d = side.tiles.shape[1:]
+    for part in range(tile // PART):
+        here = slice(part * PART, (part + 1) * PART)
+        x = levels.load_levels(
+            _part_of(side.codes, code, part, tile // PART),
+            side.table,
+            fmt.key_bits,
+            PART,
+            d,
+            rows_of=fmt.value_bits,
+            interpret=interpret,
+        )
+        scale = _load(side.scales.at[code, here], 1, interpret)
+        side.tiles.at[slot, here][...] = x * along_rows(scale, d)
+
+
+def _decode_values(side: Side, fmt: KVFormat, i, code, slot, interpret):
+    d, tile = side.tiles.shape[1:]
+    for part in range(tile // PART):
+        if fmt.page_size <= PART:
+            refs, number = _part_of(side.codes, code, part, tile // PART), 0
+        else:
+            cut = max(1, fmt.page_size // tile)
+            refs, number = [ref.at[code] for ref in side.codes], part + lax.rem(i, cut)
+        here = slice(part * PART, (part + 1) * PART)
+        scale = _load(side.scales.at[code, here], 0, interpret)
+        for row in range(0, d, PART):  # as few registers at a time as can be
+            only = slice(row, row + PART)
+            x = levels.load_levels(
+                refs,
+                side.table,
+                fmt.value_bits,
+                d,
+                PART,
+                page_size=fmt.page_size,
+                part=number,
+                only=only,
+                interpret=interpret,
+            )
+            side.tiles.at[slot, only, here][...] = x * along_columns(scale, PART)
+
+
+def _part_of(codes, code, part: int, parts: int):
+    """The codes of one part of a tile, where parts lie one after another."""
+    sizes = [ref.shape[1] // parts for ref in codes]
+    return [ref.at[code, part * n : (part + 1) * n] for ref, n in zip(codes, sizes, strict=True)]
 
 
 def _load(ref, axis: int, interpret):

@@ -56,6 +56,35 @@ def matmul(a, b, interpret, acc=None) -> Any:
     return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
+def two_products(first, second, use, then, read, at_once: bool, interpret) -> tuple:
+    """(acc + p @ v.T, *use(q @ k.T)) of first = q, k and second = p, v, acc.
+
+    As `matmul`; then: called after `use`; read: when v has been read. at_once: the second product
+    goes on while `use` and `then` run, which takes more registers.
+    """
+    (q, k), (p, v, acc) = first, second
+    if interpret or not at_once:
+        acc = matmul(p, v, interpret, acc)
+        read()
+        used = use(matmul(q, k, interpret))
+        then()
+        return acc, *used
+
+    def multiply(s_ref, acc_ref):
+        acc_ref[...] = acc
+        plgpu.wgmma(s_ref, q, k.T)
+        plgpu.wgmma(acc_ref, p, v.T)
+        # Tied together, so that LLVM moves none of it behind the second product.
+        used = lax.optimization_barrier(use(plgpu.wgmma_accumulator_load(s_ref, wait_n=1)))
+        then()
+        both = lax.optimization_barrier((acc_ref[...], *used))
+        read()
+        return both
+
+    accumulators = plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32), plgpu.ACC(acc.shape, acc.dtype)
+    return pl.run_scoped(multiply, *accumulators)
+
+
 def full(shape, value, layout: Any = plgpu.Layout.WGMMA):
     """A constant, float32, in wgmma's accumulator layout or another."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

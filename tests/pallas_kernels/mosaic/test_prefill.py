@@ -60,6 +60,7 @@ def assert_close(pairs, tolerance=4e-3):  # bf16 has 2**-8 between two numbers: 
         (8, 3, 64, 3, 32),
         (2, 4, 64, 16, 128),
         (4, 2, 256, 2, 128),
+        (4, 8, 256, 1, 128),  # one tile at a time in shared memory
     ],
 )
 def test_widths_groups_and_pages(interpret, key_bits, value_bits, head_dim, group, page_size):
