@@ -21,7 +21,13 @@ from pallas_kernels import codebook
 
 
 FORMATS = ("K8V8", "K8V4", "K4V4", "K4V3", "K3V3")
-_TOLERANCE = 1e-2  # of float32 queries: relative, in the Euclidean norm
+_TOLERANCE = 1e-2  # relative, in the Euclidean norm; rounding the result to bf16 takes 1e-3
+# The arrays of a cache that have a row for each sequence, but for its table.
+_OF_SEQUENCES = ("lengths", "sink_k", "sink_v", "recent_k", "recent_v", "key_offset")
+_OF_QUERIES = 1000  # the seed of their noise: far from those of keys and values
+
+
+type Pages = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,25 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
     settings = [format_of(name) for name in formats]
     machine, gpu = sweep.begin(report)
     rate = timing.copy_rate(sizes.repeat, gpu)
+    cases = list(product(sizes.batches, sizes.seqs))
     results = []
-    for batch, seq in product(sizes.batches, sizes.seqs):
+
+    def add(name: str, batch: int, seq: int, case: Callable[[], dict[str, Any]]):
+        found = sweep.outcome(case, f"{name}, batch {batch}, {seq} tokens", report)
+        results.append({"name": name, "batch": batch, "seq": seq, **found})
+
+    for batch, seq in cases:
         tokens = batch * seq * sizes.kv_heads * sizes.head_dim
-        ideal = {"name": "ideal FP8", "bytes": 2 * tokens, "us": 2 * tokens / rate * 1e6}
-        cases: list[tuple[str, Callable[[], dict[str, Any]]]] = [("ideal FP8", lambda x=ideal: x)]
+        ideal = {"bytes": 2 * tokens, "us": 2 * tokens / rate * 1e6}
+        results.append({"name": "ideal FP8", "batch": batch, "seq": seq, **ideal})
         for implementation in ("cudnn", "xla") if gpu else ("xla",):
-            name = f"bf16 {implementation}"
-            cases.append((name, partial(_bf16, sizes, batch, seq, implementation, gpu)))
-        for name, fmt in zip(formats, settings, strict=True):
-            cases.append((name, partial(_compressed, sizes, batch, seq, fmt, gpu)))
-        for name, case in cases:
-            report(f"{name}, batch {batch}, {seq} tokens")
-            results.append({"name": name, "batch": batch, "seq": seq, **sweep.outcome(case)})
+            case = partial(_bf16, sizes, batch, seq, implementation, gpu)
+            add(f"bf16 {implementation}", batch, seq, case)
+    for name, fmt in zip(formats, settings, strict=True):
+        pages = _pages_for_all(sizes, fmt)
+        for batch, seq in cases:
+            add(name, batch, seq, partial(_compressed, sizes, batch, seq, fmt, pages, gpu))
+    results.sort(key=lambda row: cases.index((row["batch"], row["seq"])))
     shape = {"head_dim": sizes.head_dim, "group": sizes.group, "kv_heads": sizes.kv_heads}
     return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
 
@@ -78,71 +90,149 @@ def format_of(name: str) -> pk.KVFormat:
     return pk.KVFormat(int(match[1]), int(match[2]))
 
 
-def _compressed(sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, gpu: bool) -> dict[str, Any]:
+def _pages_for_all(sizes: Sizes, fmt: pk.KVFormat) -> Pages:
+    """Pages for every case, one after the other, that fits into memory.
+
+    With the same pages for all, they and xla's attention are compiled once for a format.
+    """
+    needed = set()
+    for batch, seq in product(sizes.batches, sizes.seqs):
+        shape = _shape(fmt, batch, seq, sizes.kv_heads, sizes.head_dim)
+        needed.add(shape.page_table.size * timing.copies(sizes.nbytes, _nbytes(shape)))
+    for count in sorted(needed, reverse=True):
+        try:
+            pages = random_pages(fmt, count, sizes.kv_heads, sizes.head_dim)
+            return jax.block_until_ready(pages)
+        except RuntimeError:
+            continue
+    return {}
+
+
+def _shape(fmt: pk.KVFormat, batch: int, seq: int, kv_heads: int, head_dim: int) -> pk.KVCache:
+    return jax.eval_shape(lambda: pk.KVCache.create(fmt, batch, seq, kv_heads, head_dim))
+
+
+def _nbytes(shape: pk.KVCache) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
+
+
+def _compressed(
+    sizes: Sizes, batch: int, seq: int, fmt: pk.KVFormat, pages: Pages, gpu: bool
+) -> dict[str, Any]:
     static = (fmt, batch, seq, sizes.kv_heads, sizes.head_dim)
-    shape = jax.eval_shape(partial(full_cache, 0, *static))
-    nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
-    make = jax.jit(full_cache, static_argnums=(1, 2, 3, 4, 5))
-    caches = [make(i, *static) for i in range(timing.copies(sizes.nbytes, nbytes))]
-    q = jax.random.normal(jax.random.key(1), (batch, sizes.kv_heads * sizes.group, sizes.head_dim))
+    nbytes = _nbytes(_shape(*static))
+    caches = [full_cache(i, *static, pages) for i in range(timing.copies(sizes.nbytes, nbytes))]
+    heads = sizes.kv_heads * sizes.group
+    q = sweep.noise(_OF_QUERIES, (batch, heads, sizes.head_dim), jnp.bfloat16)
     implementation = "mosaic_gpu" if gpu else "xla"
+
+    def check(got):
+        which = [0, batch - 1]
+        want = _by_xla(q, caches[0], which, max(sizes.seqs))
+        return {"error_to_xla": sweep.checked_error(np.asarray(got)[which], want, _TOLERANCE)}
+
     attend = partial(pk.decode_attention, implementation=implementation)
-    error = 0.0
-    if gpu:
-        want = pk.decode_attention(q, caches[0], implementation="xla")
-        error = sweep.checked_error(jax.jit(attend)(q, caches[0]), want, _TOLERANCE)
-    measured = timing.measure(
-        attend, q.astype(jnp.bfloat16), [(cache,) for cache in caches], sizes.repeat, gpu
-    )
-    return {
-        "implementation": implementation,
-        "bytes": nbytes,  # all of it is read: the cache is full
-        "error_to_xla": error,
-        **measured,
-    }
+    inputs = [(cache,) for cache in caches]
+    measured = timing.measure(attend, q, inputs, sizes.repeat, gpu, check)
+    # All of the bytes are read: the cache is full.
+    return {"implementation": implementation, "bytes": nbytes, **measured}
+
+
+def _by_xla(q: jax.Array, cache: pk.KVCache, which: Sequence[int], longest: int) -> jax.Array:
+    """What xla's attention gives for some of the sequences, in float32.
+
+    Its arrays have the same shapes whatever the batch and the tokens of a sequence: it is compiled
+    once for a format.
+    """
+    parts = {name: getattr(cache, name) for name in _OF_SEQUENCES}
+    q, parts = _take((q, parts), np.asarray(which))
+    table = np.asarray(cache.page_table)[which]
+    most = cache.fmt.packed(longest) // cache.fmt.page_size
+    table = np.pad(table, ((0, 0), (0, max(0, most - table.shape[1]))))
+    few = replace(cache, max_len=longest, page_table=jnp.asarray(table), **parts)
+    return pk.decode_attention(q.astype(jnp.float32), few, implementation="xla")
+
+
+@jax.jit
+def _take(arrays, which):
+    return jax.tree.map(lambda x: x[which], arrays)
 
 
 def full_cache(
-    seed, fmt: pk.KVFormat, batch: int, seq: int, kv_heads: int, head_dim: int
+    seed: int,
+    fmt: pk.KVFormat,
+    batch: int,
+    seq: int,
+    kv_heads: int,
+    head_dim: int,
+    pages: Pages | None = None,
 ) -> pk.KVCache:
-    """A full cache of random codes, its pages in random order."""
-    cache = pk.KVCache.create(fmt, batch, seq, kv_heads, head_dim)
-    keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 20))
+    """A full cache of random codes, its pages in random order.
 
-    def codes(plane, bits):
-        # At 8 bits without the largest exponents and NaN.
-        mask = np.uint8(0xB7 if bits == 8 else 0xFF)
-        return jax.random.bits(next(keys), plane.shape, jnp.uint8) & mask
+    pages: what it takes its own from, those of seed 0 first; by default it has pages of its own.
+    """
+    cache = _shape(fmt, batch, seq, kv_heads, head_dim)
+    count = cache.page_table.size
+    first = count * seed
+    if pages is None:
+        pages, first = random_pages(fmt, count, kv_heads, head_dim, seed), 0
+    if not pages or first + count > len(pages["k_scale"]):
+        raise RuntimeError("out of memory: there are not so many pages")
+    order = first + np.random.default_rng(seed).permutation(count)
+    lengths = np.full(batch, seq, np.int32)
 
-    def normal(x):
-        return jax.random.normal(next(keys), x.shape, jnp.bfloat16)
+    def noise(i, x):
+        return sweep.noise(4 * seed + i, x.shape, x.dtype)
 
-    def scales(x, bits):
-        spread = jax.random.uniform(next(keys), x.shape, jnp.bfloat16, 0.5, 2.0)
-        return spread * jnp.bfloat16(1 / codebook.divisor(bits))
-
-    table = jax.random.permutation(next(keys), cache.page_table.size)
     return replace(
         cache,
-        lengths=jnp.full(batch, seq, jnp.int32),
-        sink_k=normal(cache.sink_k),
-        sink_v=normal(cache.sink_v),
-        recent_k=normal(cache.recent_k),
-        recent_v=normal(cache.recent_v),
-        page_table=table.reshape(cache.page_table.shape).astype(jnp.int32),
-        k_planes=tuple(codes(x, fmt.key_bits) for x in cache.k_planes),
-        v_planes=tuple(codes(x, fmt.value_bits) for x in cache.v_planes),
-        k_scale=scales(cache.k_scale, fmt.key_bits),
-        v_scale=scales(cache.v_scale, fmt.value_bits),
+        lengths=jnp.asarray(lengths),
+        sink_k=noise(0, cache.sink_k),
+        sink_v=noise(1, cache.sink_v),
+        recent_k=noise(2, cache.recent_k),
+        recent_v=noise(3, cache.recent_v),
+        key_offset=jnp.zeros(cache.key_offset.shape, cache.key_offset.dtype),
+        page_table=jnp.asarray(order.reshape(cache.page_table.shape).astype(np.int32)),
+        **pages,
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def random_pages(
+    fmt: pk.KVFormat, count: int, kv_heads: int, head_dim: int, seed: int = 0
+) -> Pages:
+    """Pages of random codes: the fields of a KVCache that hold them."""
+    create = partial(pk.KVCache.create, fmt, 1, 1, kv_heads, head_dim, num_pages=count)
+    cache = jax.eval_shape(create)
+    seeds = iter(range(8))
+
+    def noise(x):
+        return sweep.noise(8 * seed + next(seeds), x.shape, x.dtype)
+
+    def codes(planes, bits):
+        # At 8 bits without the largest exponents and NaN.
+        return tuple(noise(x) & np.uint8(0xB7 if bits == 8 else 0xFF) for x in planes)
+
+    def scales(x, bits):  # from 0.5 to 2
+        return (1.25 + 0.375 * noise(x)) * jnp.bfloat16(1 / codebook.divisor(bits))
+
+    return {
+        "k_planes": codes(cache.k_planes, fmt.key_bits),
+        "v_planes": codes(cache.v_planes, fmt.value_bits),
+        "k_scale": scales(cache.k_scale, fmt.key_bits),
+        "v_scale": scales(cache.v_scale, fmt.value_bits),
+    }
 
 
 def _bf16(sizes: Sizes, batch: int, seq: int, implementation: str, gpu: bool) -> dict[str, Any]:
     shape = (batch, seq, sizes.kv_heads, sizes.head_dim)
     nbytes = 4 * math.prod(shape)
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), 2 * timing.copies(sizes.nbytes, nbytes))
-    normal = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
-    inputs = [(normal(k), normal(v)) for k, v in zip(keys[::2], keys[1::2], strict=True)]
+    # More of them would not make xla's passes slower, only longer to compile.
+    most = 4 if implementation == "xla" else math.inf
+    inputs = [
+        tuple(sweep.noise(2 * i + j, shape, jnp.bfloat16) for j in range(2))
+        for i in range(int(min(most, timing.copies(sizes.nbytes, nbytes))))
+    ]
     q = jnp.ones((batch, 1, sizes.kv_heads * sizes.group, sizes.head_dim), jnp.bfloat16)
     attention: Any = jax.nn.dot_product_attention
     attend = partial(attention, implementation=implementation)

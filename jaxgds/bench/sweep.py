@@ -3,10 +3,13 @@
 # matplotlib is optional.
 # pyright: reportMissingImports=false
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -34,15 +37,45 @@ def begin(report: Callable[[str], object]) -> tuple[dict[str, str], bool]:
     return machine, gpu
 
 
-def outcome(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a case returns, or its error: of one that is wrong or does not fit."""
+def outcome(
+    case: Callable[[], dict[str, Any]], text: str, report: Callable[[str], object]
+) -> dict[str, Any]:
+    """What a case returns, or its error: of one that is wrong or does not fit.
+
+    Reports the text with the seconds that the case took, of which most are compilation.
+    """
+    start = time.perf_counter()
     try:
         return case()
     except (RuntimeError, ArithmeticError) as e:
         return {"error": str(e).splitlines()[0]}
+    finally:
+        report(f"{text}: {time.perf_counter() - start:.1f} s")
 
 
-def checked_error(got: jax.Array, want: jax.Array, tolerance: float) -> float:
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def noise(seed, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Bytes, or for another dtype numbers in [-2, 2), that look random: a hash of their place.
+
+    jax.random takes seconds to compile for every shape, and memory beside its result.
+    """
+
+    def mixed(x):  # a bijection of 32 bits
+        x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
+        x = (x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B)
+        return x ^ x >> np.uint32(16)
+
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = mixed(place ^ mixed(jnp.asarray(seed).astype(jnp.uint32) + np.uint32(1)))
+    if jnp.dtype(dtype) == jnp.uint8:
+        return (x >> np.uint32(24)).astype(jnp.uint8)
+    signed = jax.lax.bitcast_convert_type(x, jnp.int32).astype(jnp.float32)
+    return (signed * np.float32(2.0**-30)).astype(dtype)
+
+
+def checked_error(got: Any, want: Any, tolerance: float) -> float:
     """How far `got` is from `want`, relative in the Euclidean norm; ArithmeticError if too far."""
     one, other = (np.asarray(x, np.float64) for x in (got, want))
     error = float(np.linalg.norm(one - other) / np.linalg.norm(other))

@@ -8,11 +8,14 @@ the gaps between them.
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+_SECONDS = 0.1  # of a run over and over: what takes longer is repeated less
 
 
 def copies(total: int, nbytes: int) -> int:
@@ -28,10 +31,25 @@ def copy_rate(repeat: int, gpu: bool) -> float:
     return 2 * x.nbytes / measured["us"] * 1e6
 
 
-def measure(f, shared, inputs: Sequence[tuple], repeat: int, gpu: bool) -> dict[str, Any]:
-    """Medians, in microseconds a call, of f(shared, *input) over the inputs in turn."""
+def measure(
+    f,
+    shared,
+    inputs: Sequence[tuple],
+    repeat: int,
+    gpu: bool,
+    check: Callable[[Any], Mapping[str, Any]] = lambda result: {},
+) -> dict[str, Any]:
+    """Medians, in microseconds a call, of f(shared, *input) over the inputs in turn.
+
+    repeat: at most so many runs over all inputs are timed at once. check: is given what the first
+    input's call returned, by the program that is timed; what it returns is put beside the times.
+    """
+    f = jax.jit(f)  # traced and lowered once for all inputs
     every = jax.jit(lambda shared, inputs: [f(shared, *x) for x in inputs])
+    checked = check(jax.block_until_ready(every(shared, inputs))[0])
+    start = time.perf_counter()
     jax.block_until_ready(every(shared, inputs))
+    repeat = max(1, min(repeat, int(_SECONDS / (time.perf_counter() - start))))
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -39,7 +57,7 @@ def measure(f, shared, inputs: Sequence[tuple], repeat: int, gpu: bool) -> dict[
         seconds.append((time.perf_counter() - start) / repeat / len(inputs))
     wall = statistics.median(seconds) * 1e6
     if not gpu:
-        return {"us": wall, "wall_us": wall}
+        return {**checked, "us": wall, "wall_us": wall}
     from jax.experimental.mosaic.gpu import profiler  # CUPTI; only on GPUs
 
     iterations = max(2, repeat)  # of one run it would return the run alone
@@ -50,6 +68,7 @@ def measure(f, shared, inputs: Sequence[tuple], repeat: int, gpu: bool) -> dict[
     for name, ms in runs[len(runs) // 2]:
         kernels[name[:80]] = kernels.get(name[:80], 0.0) + ms * 1e3 / len(inputs)
     return {
+        **checked,
         "us": statistics.median(per_call),
         "wall_us": wall,
         "launches": len(runs[0]) / len(inputs),

@@ -1,6 +1,7 @@
 """jaxgds bench decode, on a machine without a GPU: what it measures and what it says."""
 
 import json
+from dataclasses import replace
 
 import jax
 import pytest
@@ -34,6 +35,39 @@ def test_bytes_are_those_of_the_arrays_that_are_read():
     pages, bf16_tokens = (512 - 132) // 64 * 64, 192 + 4
     per_head = pages * (64 + 4) + bf16_tokens * 64 * 4 + 64 * 4  # and the key offset
     assert packed["bytes"] == 2 * 2 * per_head + 4 * 2 * (1 + pages // 64)
+
+
+def test_copies_and_sizes_share_pages_and_are_checked(monkeypatch):
+    """Of three caches of 256 tokens and one of 512, the first and the last sequence."""
+    nbytes = 2 * 2 * 2 * 2 * 256 * 64  # less than three packed caches, that are mostly bf16, take
+    sizes = decode.Sizes((256, 512), (1, 3), head_dim=64, kv_heads=2, nbytes=nbytes, repeat=1)
+
+    def run(sizes):
+        rows = decode.run(sizes, ("K4V3",), report=lambda text: None)["results"]
+        return [row for row in rows if row["name"] == "K4V3"]
+
+    good = run(sizes)
+    assert [(x["batch"], x["seq"]) for x in good] == [(1, 256), (1, 512), (3, 256), (3, 512)]
+    assert all(0 < row["error_to_xla"] < 3e-3 for row in good)
+    by_xla = decode._by_xla
+    monkeypatch.setattr(decode, "_by_xla", lambda *x: by_xla(*x).at[1, 0].multiply(-1))
+    (wrong,) = run(replace(sizes, seqs=(256,), batches=(3,)))
+    assert "wrong: the result differs" in wrong["error"]
+
+
+def test_pages_that_do_not_fit_are_an_error_of_their_sizes_alone(monkeypatch):
+    real = decode.random_pages
+
+    def pages(fmt, count, *rest):
+        if count > 6:
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return real(fmt, count, *rest)
+
+    monkeypatch.setattr(decode, "random_pages", pages)
+    sizes = decode.Sizes((256, 1024), (1,), head_dim=64, kv_heads=2, nbytes=1, repeat=1)
+    rows = decode.run(sizes, ("K4V4",), report=lambda text: None)["results"]
+    small, large = (row for row in rows if row["name"] == "K4V4")
+    assert small["us"] > 0 and "out of memory" in large["error"]
 
 
 @pytest.mark.parametrize(

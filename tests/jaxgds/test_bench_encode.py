@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from jaxgds.bench import encode
+from jaxgds.bench import encode, sweep
+from jaxgds.bench.decode import full_cache
 from jaxgds.cli import main
 
 
@@ -42,19 +43,29 @@ def test_bytes_are_those_of_tokens_pages_and_ring():
 
 def test_a_wrong_implementation_is_found():
     """Codes, scales and the ring are compared with xla's."""
-    sizes = encode.Sizes((100,), (1,), head_dim=64, kv_heads=2)
-    fmt = pk.KVFormat(window=0)
-
-    def difference(spoil):
-        append = lambda cache, k, v: spoil(cache.append(k, v))  # noqa: E731
-        return encode.difference(sizes, 1, 0, 100, fmt, append)
-
-    assert difference(lambda cache: cache) == 0
-    codes = difference(lambda cache: replace(cache, k_planes=tuple(~x for x in cache.k_planes)))
-    assert codes == 0.5
+    k, v = (sweep.noise(i, (1, 100, 2, 64), "float32") for i in range(2))
+    cache = pk.KVCache.create(pk.KVFormat(window=0), 1, 100, 2, 64).append(k, v)
+    assert encode.difference(cache, cache) == 0
+    wrong = replace(cache, k_planes=tuple(~x for x in cache.k_planes))
+    assert encode.difference(wrong, cache) == 0.5
     for name in ("recent_v", "k_scale"):
+        wrong = replace(cache, **{name: -getattr(cache, name)})
         with pytest.raises(ArithmeticError, match=name):
-            difference(lambda cache, name=name: replace(cache, **{name: -getattr(cache, name)}))
+            encode.difference(wrong, cache)
+
+
+def test_an_append_to_one_cache_over_and_over_leaves_the_same():
+    """What the timed appends leave, in one of several caches, is what one append gives."""
+    fmt = pk.KVFormat(3, 4)
+    for tokens in (1, 200):
+        sizes = encode.Sizes((tokens,), (1,), head_dim=64, kv_heads=2, nbytes=1 << 20, repeat=2)
+        left = []
+        encode._append(sizes, 1, tokens, fmt, "xla", False, left)
+        k, v = (sweep.noise(1000 + j, (1, tokens, 2, 64), "bfloat16") for j in range(2))
+        before = pk.KVCache.create(fmt, 1, tokens, 2, 64)
+        if tokens == 1:
+            before = replace(full_cache(0, fmt, 1, 261, 2, 64), lengths=jnp.full(1, 260))
+        assert encode.difference(before.append(k, v), left[0]) == 0
 
 
 @pytest.mark.parametrize(
