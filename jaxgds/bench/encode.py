@@ -98,7 +98,7 @@ def _append(
     shape = (fmt, batch, before + tokens, sizes.kv_heads, sizes.head_dim)
     inputs = []
     for i in range(min(most, timing.copies(sizes.nbytes, nbytes))):
-        cache = full_cache(i, *shape) if before else pk.KVCache.create(*shape)
+        cache = full_cache(i, *shape) if before else _empty(*shape)
         new = (batch, tokens, sizes.kv_heads, sizes.head_dim)
         k, v = (sweep.noise(1000 + 2 * i + j, new, sizes.dtype) for j in range(2))
         inputs.append((jax.tree.map(jax.new_ref, cache), k, v))
@@ -113,6 +113,11 @@ def _append(
     elif not (error := difference(after, by_xla[0])) <= _TOLERANCE:
         raise ArithmeticError(f"wrong: {error:.1e} of the codes differ from xla's")
     return {"bytes": nbytes, "codes_unlike_xla": error, **measured}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))  # compiled at once, not array by array
+def _empty(fmt: pk.KVFormat, batch: int, max_len: int, kv_heads: int, head_dim: int) -> pk.KVCache:
+    return pk.KVCache.create(fmt, batch, max_len, kv_heads, head_dim)
 
 
 def _bytes(sizes: Sizes, batch: int, before: int, tokens: int, fmt: pk.KVFormat) -> int:
