@@ -91,9 +91,9 @@ def format_of(name: str) -> pk.KVFormat:
 
 
 def _pages_for_all(sizes: Sizes, fmt: pk.KVFormat) -> Pages:
-    """Pages for every case, one after the other, that fits into memory.
+    """As many pages as the largest case takes that fits into memory; all cases take turns with them.
 
-    With the same pages for all, they and xla's attention are compiled once for a format.
+    So they, and xla's attention over them, are compiled once for a format.
     """
     needed = set()
     for batch, seq in product(sizes.batches, sizes.seqs):
