@@ -78,6 +78,7 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
         pages = _pages_for_all(sizes, fmt)
         for batch, seq in cases:
             add(name, batch, seq, partial(_compressed, sizes, batch, seq, fmt, pages, gpu))
+        del pages  # before those of the next format are made
     results.sort(key=lambda row: cases.index((row["batch"], row["seq"])))
     shape = {"head_dim": sizes.head_dim, "group": sizes.group, "kv_heads": sizes.kv_heads}
     return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
@@ -91,7 +92,7 @@ def format_of(name: str) -> pk.KVFormat:
 
 
 def _pages_for_all(sizes: Sizes, fmt: pk.KVFormat) -> Pages:
-    """As many pages as the largest case takes that fits into memory; all cases take turns with them.
+    """As many pages as the largest case takes that fits into memory; all cases use the same.
 
     So they, and xla's attention over them, are compiled once for a format.
     """
