@@ -4,19 +4,25 @@ A rotation keeps dot products, so the tokens that are not packed can be rotated 
 softmax goes over all of them. The packed keys lack the key offset; so the others give it up as
 well: that moves all scores of a query by the same. Everything is float16 in units that keep it in
 range: of the largest key and the largest value of each head, and of each query.
+
+The new tokens pass through memory twice: gathered into their places, while their largest is looked
+for, then rotated by a matrix product that leaves them as the kernel reads them. What is written
+here in an odd way keeps XLA to that.
 """
 
+import functools
 import math
-from functools import partial
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, BFloat16, Float, Float16, Int32
 
 from pallas_kernels import codebook
 from pallas_kernels.cache import KVCache
 from pallas_kernels.codec import levels as unpack_levels
+from pallas_kernels.format import KVFormat
 from pallas_kernels.mosaic import levels, prefill_blackwell, prefill_hopper
 from pallas_kernels.mosaic.attention import Architecture
 from pallas_kernels.mosaic.prefill_blackwell import Queries
@@ -29,7 +35,7 @@ _LARGEST = 1024.0  # in float16: with as many bits above as products need, and m
 
 
 # Compiled as a whole, called from traced code or not.
-@partial(
+@functools.partial(
     jax.jit, static_argnames=("scale", "interpret", "soft_cap", "sliding_window", "architecture")
 )
 def prefill_attention(
@@ -52,9 +58,6 @@ def prefill_attention(
     batch, new, q_heads, d = q.shape
     heads = k.shape[2]
     count = jnp.full(batch, new, jnp.int32) if lengths is None else lengths
-    valid = (jnp.arange(new, dtype=jnp.int32)[None] < count[:, None])[..., None, None]
-    if lengths is not None:
-        q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
     factor = _LOG2_E * (d**-0.5 if scale is None else scale)
     keys, k_unit, v_unit = _keys(k, v, cache, count)
     cap = None if soft_cap is None else _LOG2_E * soft_cap
@@ -65,7 +68,10 @@ def prefill_attention(
             q, keys, units, cache, count, factor, cap, sliding_window, interpret
         )
         return out[:, :new]
-    # Blackwell's leaves the rotations to XLA.
+    # Blackwell's leaves to XLA the rotations, and what is not to be seen of tokens past `lengths`.
+    valid = (jnp.arange(new, dtype=jnp.int32)[None] < count[:, None])[..., None, None]
+    if lengths is not None:
+        q = jnp.where(valid, q, 0)
     queries = _queries(q, cache, factor, k_unit, soft_cap is not None)
     out = prefill_blackwell.attention(
         queries, keys, cache, q_heads // heads, cap, sliding_window, interpret
@@ -111,106 +117,187 @@ def _queries(
 
 
 def _keys(k: Array, v: Array, cache: KVCache, count: Int32[Array, " batch"]):
-    """Keys, and what one of k and of v stands for: float32 [batch, kv_heads]."""
+    """Keys, and what one of k and of v stands for: float32 [batch, kv_heads].
+
+    That is a power of two over the root of head_dim. What rotates into such units is +-1 times a
+    power of two, which bf16 holds: the products with bf16 tokens are exact.
+    """
     fmt = cache.fmt
-    batch, new, heads, d = k.shape
-    tile = prefill_hopper.tile_tokens(d)
+    d = k.shape[-1]
+    tile, root = prefill_hopper.tile_tokens(d), math.sqrt(d)
     length = jnp.minimum(cache.lengths, cache.max_len)
     packed = fmt.packed(length)
     base = packed // tile * tile
     # Packed tokens that do not fill a tile are decoded here.
-    pages = max(0, tile // fmt.page_size - 1)
-    rest = pages * fmt.page_size
-    ids = base[:, None] // fmt.page_size + jnp.arange(pages, dtype=jnp.int32)[None]
-    ids = jnp.minimum(ids, cache.page_table.shape[1] - 1)
-    ids = jnp.take_along_axis(cache.page_table, ids, axis=1)
+    rest = max(0, tile // fmt.page_size - 1) * fmt.page_size
+    n = fmt.sinks + rest + fmt.ring_slots + k.shape[1]
+    place = _dense_places(fmt, length, count, n + -n % tile, tile)
+    dense_k = _gathered(cache.sink_k, cache.recent_k, k, place)
+    dense_v = _gathered(cache.sink_v, cache.recent_v, v, place)
+    k_scale, v_scale = (_scales(x, cache, packed) for x in (cache.k_scale, cache.v_scale))
+    largest = _largest((dense_k, dense_v), (k_scale, v_scale), cache)
+    power = _power_of_two(largest * (root / _LARGEST))
+    k_unit, v_unit = power / root
 
-    def decoded(planes, bits, scale, transposed):
-        """Rotated, [batch, kv_heads, dense, head_dim] with the tokens in their places."""
-        if rest == 0:
-            return jnp.zeros((batch, heads, 1, d), jnp.float32)
-        x = unpack_levels(tuple(plane[ids] for plane in planes), bits)
-        x = x.swapaxes(-1, -2) if transposed else x
-        x = x * scale[ids][..., None].astype(jnp.float32)
-        x = x.swapaxes(1, 2).reshape(batch, heads, rest, d)
-        after = index.shape[1] - fmt.sinks - rest
-        x = jnp.pad(x, ((0, 0), (0, 0), (fmt.sinks, after), (0, 0)))
-        return jnp.where(is_decoded[:, None, :, None], x, 0.0)
-
-    index = _dense_index(fmt, length, count, new, rest, tile)
-    is_decoded = (index >= fmt.sinks) & (index < fmt.sinks + rest)
-
-    def gathered(sink, ring, fresh):
-        """bf16 [batch, dense, kv_heads, head_dim], not rotated."""
-        nothing = jnp.zeros((batch, rest, heads, d), jnp.bfloat16)
-        x = [sink.swapaxes(1, 2), nothing, ring.swapaxes(1, 2), fresh.astype(jnp.bfloat16)]
-        x = jnp.concatenate(x, axis=1)
-        x = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None, None], axis=1)
-        return jnp.where((index >= 0)[..., None, None], x, 0)
-
-    def unit(dense, decoded, scale, bits):
-        """Of float16: a rotated coordinate is at most the root of head_dim times the largest."""
-        of_dense = jnp.max(_magnitude(dense.astype(jnp.float32)), axis=(1, 3)) * math.sqrt(d)
-        of_decoded = jnp.max(_magnitude(decoded), axis=(2, 3))
-        of_packed = jnp.max(_magnitude(scale), axis=2) * float(codebook.magnitudes(bits)[-1])
-        largest = jnp.maximum(of_dense, jnp.maximum(of_decoded, of_packed))
-        return _nonzero(largest) / _LARGEST
-
-    k_scale, v_scale = (_scales(x, cache, base, tile) for x in (cache.k_scale, cache.v_scale))
-    by_head = (..., None, None)
-
-    key_order = levels.slots(fmt.key_bits, d)
-    left = decoded(cache.k_planes, fmt.key_bits, cache.k_scale, False)[..., key_order]
-    x = gathered(cache.sink_k, cache.recent_k, k)
-    offset = cache.key_offset if fmt.key_offset else jnp.zeros_like(cache.key_offset)
-    # The offset is subtracted after the rotation, which is exact for bf16.
-    k_unit = unit(x, left, k_scale, fmt.key_bits)
-    k_unit += jnp.max(jnp.abs(offset), axis=-1) * (math.sqrt(d) / _LARGEST)
-    dense_k = _rotated(x, _key_rotation(cache), "blhd,de->bhle")
-    dense_k -= _rotated(offset, _key_rotation(cache))[:, :, None]
-    dense_k = jnp.where(is_decoded[:, None, :, None], left, dense_k)
-
-    left = decoded(cache.v_planes, fmt.value_bits, cache.v_scale, True)
-    x = gathered(cache.sink_v, cache.recent_v, v)
-    v_unit = unit(x, left, v_scale, fmt.value_bits)
-    dense_v = _rotated(x, rotation_matrix(d, fmt.seed), "blhd,de->bhel")
-    dense_v = jnp.where(is_decoded[:, None, None, :], left.swapaxes(-1, -2), dense_v)
-    keys = Keys(
-        (dense_k / k_unit[by_head]).astype(jnp.float16),
-        (dense_v / v_unit[by_head]).astype(jnp.float16),
-        (k_scale / k_unit[..., None]).astype(jnp.float16),
-        (v_scale / v_unit[..., None]).astype(jnp.float16),
-        base,
-        length,
+    x = _in_units(dense_k, _key_rotation(cache), power[0], "nld,nde->nle")
+    if fmt.key_offset:
+        # It is subtracted after the rotation, which is exact for bf16.
+        ones = np.round(_key_rotation(cache) * root)
+        offset = (cache.key_offset / power[0][..., None])[..., None] * ones
+        # The barrier: what the matrix product is to subtract must be there before it.
+        x -= jax.lax.optimization_barrier(jnp.sum(offset, axis=-2)).reshape(-1, 1, d)
+    dense_k = x.astype(jnp.float16).reshape(dense_k.shape)
+    x = _in_units(dense_v, rotation_matrix(d, fmt.seed), power[1], "nld,nde->nel")
+    dense_v = x.astype(jnp.float16).reshape(dense_v.swapaxes(-1, -2).shape)
+    if rest:
+        left_k, left_v = _decoded(cache, base, rest, k_unit, v_unit)
+        here = slice(fmt.sinks, fmt.sinks + rest)
+        exists = (base[:, None] + jnp.arange(rest, dtype=jnp.int32) < packed[:, None])[:, None]
+        left_k = jnp.where(exists[..., None], left_k, dense_k[:, :, here])
+        left_v = jnp.where(exists[..., None, :], left_v, dense_v[..., here])
+        # The barrier: what is written in place must be read before, or all is copied.
+        left_k, left_v = jax.lax.optimization_barrier((left_k, left_v))
+        dense_k = dense_k.at[:, :, here].set(left_k)
+        dense_v = dense_v.at[..., here].set(left_v)
+    k_scale, v_scale = (
+        _in_tiles(x, unit, base, fmt, tile) for x, unit in ((k_scale, k_unit), (v_scale, v_unit))
     )
-    return keys, k_unit, v_unit
+    return Keys(dense_k, dense_v, k_scale, v_scale, base, length), k_unit, v_unit
 
 
-def _dense_index(fmt, length, count, new: int, rest: int, tile: int) -> Int32[Array, "batch dense"]:
-    """Where each dense token lies in [sinks, decoded pages, ring, chunk]; -1: it does not exist."""
-    packed = fmt.packed(length)[:, None]
-    base = packed // tile * tile
-    n = fmt.sinks + rest + fmt.ring_slots + new
-    j = jnp.arange(n + -n % tile, dtype=jnp.int32)[None]
+def _dense_places(
+    fmt: KVFormat, length: Array, count: Array, dense: int, tile: int
+) -> Int32[Array, "batch dense"]:
+    """Where each dense token lies in [sinks, ring, chunk]; -1: in none of them."""
     length, count = length[:, None], count[:, None]
+    packed = fmt.packed(length)
+    base = packed // tile * tile
+    j = jnp.arange(dense, dtype=jnp.int32)[None]
     position = jnp.where(j < fmt.sinks, j, base + j)
     after_sinks = position - fmt.sinks
-    in_ring = fmt.sinks + rest + after_sinks % fmt.ring_slots
-    in_chunk = fmt.sinks + rest + fmt.ring_slots + position - length
-    old = jnp.where((j < fmt.sinks) | (after_sinks < packed), j, in_ring)
-    index = jnp.where(position < length, old, in_chunk)
-    return jnp.where(position < length + count, index, -1)
+    in_ring = jnp.where(after_sinks < packed, -1, fmt.sinks + after_sinks % fmt.ring_slots)
+    old = jnp.where(j < fmt.sinks, j, in_ring)
+    new = jnp.where(position < length + count, position - length + fmt.sinks + fmt.ring_slots, -1)
+    # The barrier: this is to be found out once a token, not for each of its coordinates.
+    return jax.lax.optimization_barrier(jnp.where(position < length, old, new))
 
 
-def _scales(pool: Array, cache: KVCache, base: Array, tile: int) -> Float[Array, "batch heads n"]:
-    """Scales of each sequence's packed tokens, zero from `base` on, in the order of page_rows."""
-    x = pool[cache.page_table].astype(jnp.float32).swapaxes(1, 2)
-    x = x.reshape(*x.shape[:2], -1)
+def _gathered(
+    sink: Array, ring: Array, new: Array, place: Int32[Array, "batch dense"]
+) -> BFloat16[Array, "batch kv_heads dense head_dim"]:
+    """The dense tokens, not rotated, and zeros where there is none.
+
+    Reads a token of each source and drops all but one: to branch to the right one would leave one
+    coordinate a load.
+    """
+    x, start = jnp.zeros((), jnp.bfloat16), 0
+    for source in (sink, ring, new.astype(jnp.bfloat16).swapaxes(1, 2)):
+        end = start + source.shape[2]
+        if end > start:
+            here = (place >= start) & (place < end)
+            slot = jnp.where(here, place - start, 0)[:, None, :, None]
+            token = jnp.take_along_axis(source, slot, axis=2, mode="promise_in_bounds")
+            x = jnp.where(here[:, None, :, None], token, x)
+        start = end
+    return x
+
+
+def _decoded(
+    cache: KVCache, base: Array, rest: int, k_unit: Array, v_unit: Array
+) -> tuple[Array, Array]:
+    """The `rest` packed tokens from `base` on as Keys.k and Keys.v hold them."""
+    fmt = cache.fmt
+    page = base[:, None] // fmt.page_size + jnp.arange(rest // fmt.page_size, dtype=jnp.int32)
+    page = jnp.minimum(page, cache.page_table.shape[1] - 1)
+    ids = jnp.take_along_axis(cache.page_table, page, axis=1)
+
+    def decoded(planes, bits, scale, unit, axis):
+        x = unpack_levels(tuple(plane[ids] for plane in planes), bits)
+        scale = scale[ids].astype(jnp.float32) / unit[:, None, :, None]
+        return (x * jnp.expand_dims(scale, axis)).astype(jnp.float16)
+
+    k = decoded(cache.k_planes, fmt.key_bits, cache.k_scale, k_unit, -1)
+    k = k[..., levels.slots(fmt.key_bits, cache.head_dim)].swapaxes(1, 2)
+    v = decoded(cache.v_planes, fmt.value_bits, cache.v_scale, v_unit, -2)
+    v = jnp.moveaxis(v, 1, 3)
+    return k.reshape(*k.shape[:2], rest, -1), v.reshape(*v.shape[:3], rest)
+
+
+def _scales(
+    pool: Array, cache: KVCache, packed: Array
+) -> BFloat16[Array, "batch kv_heads pages page_size"]:
+    """Of each sequence's packed tokens; zero for others."""
+    x = pool[cache.page_table].swapaxes(1, 2)
+    t = jnp.arange(x.shape[2] * x.shape[3], dtype=jnp.int32).reshape(x.shape[2:])
+    return jnp.where((t < packed[:, None, None])[:, None], x, 0)
+
+
+def _in_tiles(
+    scale: Array, unit: Array, base: Array, fmt: KVFormat, tile: int
+) -> Float16[Array, "batch kv_heads packed"]:
+    """Scales in units, zero from `base` on, in the order of page_rows."""
+    x = scale.reshape(*scale.shape[:2], -1).astype(jnp.float32) / unit[..., None]
     t = jnp.arange(x.shape[2], dtype=jnp.int32)
-    x = jnp.where((t[None] < base[:, None])[:, None], x, 0.0)
+    x = jnp.where((t < base[:, None])[:, None], x, 0.0).astype(jnp.float16)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % tile)))
-    order = levels.page_rows(cache.fmt.value_bits)
+    order = levels.page_rows(fmt.value_bits)
     return x.reshape(*x.shape[:2], -1, order.size)[..., order].reshape(x.shape)
+
+
+def _largest(
+    dense: tuple[Array, Array], scales: tuple[Array, Array], cache: KVCache
+) -> Float[Array, "2 batch kv_heads"]:
+    """What no rotated coordinate of a key without its offset, or of a value, exceeds.
+
+    A coordinate is at most the root of head_dim times the largest before the rotation.
+    """
+    fmt, root = cache.fmt, math.sqrt(cache.head_dim)
+    of_dense = _maxima([x.reshape(*x.shape[:2], -1, 32 * x.shape[3]) for x in dense])
+    of_pages = _maxima(scales)
+    level_k, level_v = (float(codebook.magnitudes(x)[-1]) for x in (fmt.key_bits, fmt.value_bits))
+    # A difference of keys is at most twice the larger one.
+    k = [(of_dense[0], 2 * root), (cache.key_offset, 2 * root), (of_pages[0], level_k)]
+    v = [(of_dense[1], root), (of_pages[1], level_v)]
+    length = max(x.shape[2] for x, _ in k)
+
+    def joined(parts):
+        x = [_magnitude(x.astype(jnp.float32)) * times for x, times in parts]
+        x = [jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]))) for x in x]
+        return functools.reduce(jnp.maximum, x)
+
+    return jnp.max(jnp.stack([joined(k), joined(v)]), axis=-1)
+
+
+def _maxima(arrays: Iterable[Array]) -> list[Array]:
+    """Along the last axis, of magnitudes, in one reduction: XLA then reads all in one launch."""
+    arrays = [_magnitude(x) for x in arrays]
+    zeros = [jnp.zeros((), x.dtype) for x in arrays]
+
+    def maximum(x, y):
+        return [jnp.maximum(*both) for both in zip(x, y, strict=True)]
+
+    return jax.lax.reduce(arrays, zeros, maximum, (arrays[0].ndim - 1,))
+
+
+def _power_of_two(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The least power of two that is no less, of those that float32 can divide by; 1 for zero."""
+    bits = jax.lax.bitcast_convert_type(jnp.clip(x, 2.0**-100, 2.0**100), jnp.int32)
+    mantissa = np.int32(2**23 - 1)
+    power = jax.lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
+    return jnp.where(x > 0, power, 1.0)
+
+
+def _in_units(
+    x: BFloat16[Array, "batch kv_heads dense head_dim"],
+    matrix: np.ndarray,
+    power: Float[Array, "batch kv_heads"],
+    axes: str,
+) -> Array:
+    """Rotated, in units of power over the root of head_dim; float32, batch and kv_heads joined."""
+    ones = jnp.asarray(np.round(matrix * math.sqrt(len(matrix))), jnp.bfloat16)
+    ones = ones * (1 / power).astype(jnp.bfloat16)[..., None, None]
+    x, ones = (x.reshape(-1, *x.shape[2:]) for x in (x, ones))
+    return jnp.einsum(axes, x, ones, preferred_element_type=jnp.float32)
 
 
 def _key_rotation(cache: KVCache) -> np.ndarray:
@@ -219,11 +306,11 @@ def _key_rotation(cache: KVCache) -> np.ndarray:
     return rotation_matrix(cache.head_dim, cache.fmt.seed)[:, order]
 
 
-def _rotated(x: Array, matrix: np.ndarray, axes: str = "...d,de->...e") -> Float[Array, "*shape"]:
+def _rotated(x: Array, matrix: np.ndarray) -> Float[Array, "*shape"]:
     """x @ matrix, float32: exact products, as the matrix is a root of head_dim times +-1."""
     root = math.sqrt(len(matrix))
     ones = jnp.asarray(np.round(matrix * root), x.dtype)
-    product = jnp.einsum(axes, x, ones, precision="highest", preferred_element_type=jnp.float32)
+    product = jnp.matmul(x, ones, precision="highest", preferred_element_type=jnp.float32)
     return product * np.float32(1 / root)
 
 

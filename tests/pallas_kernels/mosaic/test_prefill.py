@@ -109,3 +109,21 @@ def test_norms_from_tiny_to_huge(interpret):
     want = pk.prefill_attention(q, k[:, :9], v[:, :9], cache, implementation="xla")
     by_head = (np.asarray(x, np.float64)[0].swapaxes(0, 1) for x in (got, want))
     assert_close(zip(*by_head, strict=True))
+
+
+def test_tokens_beyond_the_counts_may_hold_anything(interpret):
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 70, 1, 64)), jnp.bfloat16) for _ in "qkv")
+    cache = pk.KVCache.create(pk.KVFormat(window=8), 2, 200, 1, 64).append(k, v)
+    counts = jnp.asarray([70, 33], jnp.int32)
+    exists = (jnp.arange(70) < counts[:, None])[..., None, None]
+    want, got = (
+        prefill_attention(
+            *(jnp.where(exists, x, filler) for x in (q, k, v)),
+            cache,
+            lengths=counts,
+            interpret=interpret,
+        )
+        for filler in (0, jnp.nan)
+    )
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
