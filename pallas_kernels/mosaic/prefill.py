@@ -191,14 +191,13 @@ def _gathered(
     coordinate a load.
     """
     x, start = jnp.zeros((), jnp.bfloat16), 0
+    place = place[:, None, :, None]
     for source in (sink, ring, new.astype(jnp.bfloat16).swapaxes(1, 2)):
-        end = start + source.shape[2]
-        if end > start:
-            here = (place >= start) & (place < end)
-            slot = jnp.where(here, place - start, 0)[:, None, :, None]
+        if size := source.shape[2]:
+            slot = jnp.clip(place - start, 0, size - 1)
             token = jnp.take_along_axis(source, slot, axis=2, mode="promise_in_bounds")
-            x = jnp.where(here[:, None, :, None], token, x)
-        start = end
+            x = jnp.where(place >= start, token, x)
+        start += size
     return x
 
 
