@@ -60,7 +60,8 @@ def run(
 
     Returns:
       Plain JSON types. results: for each case seconds (of each part; those of `load` and `compile`
-      are parts of `load_and_compile` where that is given), total, and after_init (from when JAX
+      are parts of `load_and_compile` where that is given), compile_seconds (`compile` in parts:
+      making the KV caches, tracing, lowering, XLA), total, and after_init (from when JAX
       was ready). A case that failed has error.
 
     Raises:
@@ -168,6 +169,9 @@ def table(found: Mapping[str, Any]) -> str:
         *columns(rows),
         "both: from when loading and compiling began together until both were done",
     ]
+    for row in good:
+        parts = ", ".join(f"{part} {x:.2f}" for part, x in row["compile_seconds"].items())
+        lines.append(f"compile, {row['name']}: {parts}")
     lines += [f"{r['name']}: {r['error']}" for r in found["results"] if "error" in r]
     for row in good:
         s = row["seconds"]

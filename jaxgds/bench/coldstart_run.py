@@ -10,6 +10,7 @@ rest, and loads while it compiles.
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 
@@ -61,18 +62,25 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     tokens = np.arange(prompt, dtype=np.int32)[None] % c.vocab
     rest = (tokens, np.array([prompt], np.int32), np.float32(0), np.zeros(2, np.int32))
 
-    def compiled() -> tuple[Any, Any, float]:
-        begin = time.monotonic()
+    def compiled() -> tuple[Any, Any, dict[str, float]]:
+        times = [time.monotonic()]
         caches = make_caches(c.layers, mesh, pk.KVFormat(), 1, prompt + 64, c.kv_heads, c.head_dim)
-        step = serve_llama.step.lower(nnx.merge(graph, state), caches, *rest).compile()
-        return step, caches, time.monotonic() - begin
+        times.append(time.monotonic())
+        traced = serve_llama.step.trace(nnx.merge(graph, state), caches, *rest)
+        times.append(time.monotonic())
+        lowered = traced.lower()
+        times.append(time.monotonic())
+        step = lowered.compile()
+        times.append(time.monotonic())
+        parts = ("caches", "trace", "lower", "xla")
+        return step, caches, {p: b - a for p, (a, b) in zip(parts, pairwise(times), strict=True)}
 
     if loader == "naive":
         done("build")
         with ocp.StandardCheckpointer() as checkpointer:
             tree = jax.block_until_ready(checkpointer.restore(folder, target))
         done("load")
-        step, caches, _ = compiled()
+        step, caches, compiling = compiled()
         done("compile")
     else:
         import jaxgds
@@ -82,13 +90,14 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
         done("load_and_compile")
         report = jaxgds.last_report()
         assert report is not None and not report.fallbacks, report
-        seconds |= {"load": report.seconds, "compile": compiling}
+        seconds |= {"load": report.seconds, "compile": sum(compiling.values())}
     nnx.replace_by_pure_dict(state, tree)
     token, _ = step(nnx.merge(graph, state), caches, *rest)
     token = int(token[0])
     done("prefill")
     found = {
         "seconds": seconds,
+        "compile_seconds": compiling,
         "total": last - started,
         "token": token,
         "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(tree)),
