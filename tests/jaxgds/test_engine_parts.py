@@ -164,8 +164,8 @@ def test_cpu_lists(text, cpus):
     "gpus, cores, expected", [(1, 16, 16), (1, 64, 16), (1, 2, 2), (8, 128, 32), (4, 2, 4)]
 )
 def test_lanes_are_bounded_by_cores_and_pinned_memory(gpus, cores, expected):
-    count = lane_count(gpus, threads=16, lane_bytes=8 << 20, cores=cores)
-    assert count == expected and count * (8 << 20) <= MAX_PINNED
+    count = lane_count(gpus, threads=16, lane_bytes=16 << 20, cores=cores)
+    assert count == expected and count * (16 << 20) <= MAX_PINNED
 
 
 def test_the_engine_is_chosen_by_platform_and_by_force(monkeypatch):
