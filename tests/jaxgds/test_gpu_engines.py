@@ -1,7 +1,13 @@
 """The engines for GPUs on a real one: every byte in its place, and damage reported."""
 
 import importlib.util
+import json
 import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -11,6 +17,7 @@ import numpy as np
 import oracle
 import orbax.checkpoint as ocp
 import pytest
+import stalled_process
 import zstandard
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -27,6 +34,7 @@ from jaxgds.plan import make_plan
 from jaxgds.zarr import Layout
 
 
+HERE = pathlib.Path(__file__).parent
 GPUS = [d for d in jax.devices() if d.platform == "gpu"]
 KVIKIO = importlib.util.find_spec("kvikio") is not None
 
@@ -340,3 +348,89 @@ def test_too_little_device_memory(tmp_path):
     with pytest.raises(MemoryError, match=f"bytes free of {free:,}, needed {shape[0] << 20:,}"):
         restore.restore([restore.Wanted(array, one())])
     assert (GPUS[0].memory_stats() or {})["bytes_in_use"] == before
+
+
+# A file system that does not answer, in a process of its own
+
+READERS = 8  # files of the array, each read by a thread of its own
+
+
+@pytest.fixture(scope="module")
+def stalling(tmp_path_factory) -> list[str]:
+    """The arguments of stalled_process.py: an array in eight files, twice."""
+    folder = tmp_path_factory.mktemp("stalling")
+    mesh = Mesh(np.array(jax.devices("cpu")[:READERS]), ("x",))
+    rows = jax.device_put(stalled_process.values(), NamedSharding(mesh, P(None, "x")))
+    made = [oracle.save(folder / n, {"w": rows}, (False, False, False)) for n in ("no", "yes")]
+    return [*made, "/no/w/0."]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def stalled(request, stalling, tmp_path_factory) -> dict[str, Any]:
+    """What came of the steps of stalled_process.py."""
+    return run_stalled(request.param, stalling, tmp_path_factory.mktemp("shim"))
+
+
+def run_stalled(engine: str, arguments: list[str], folder: pathlib.Path) -> dict[str, Any]:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler for the library that makes reads hang")
+    library = folder / "faulty.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty.c", "-ldl"]
+    subprocess.run(command, check=True)
+    environment = {
+        **os.environ,
+        "JAXGDS_ENGINE": engine,
+        "JAXGDS_READ_TIMEOUT": "2",
+        "LD_PRELOAD": str(library),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, HERE / "stalled_process.py", *arguments]
+    out, err = folder / "out", folder / "err"  # files keep what a process that hangs has written
+    with open(out, "w") as stdout, open(err, "w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+        try:
+            code = process.wait(150)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = None
+    found: dict[str, Any] = {"engine": engine, "code": code, "error": err.read_text()[-4000:]}
+    for line in out.read_text().splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    first = found.get("stalls-0")
+    if engine == "gds" and first and first["outcome"] == "same" and not first["faults"]:
+        pytest.skip("cuFile reads here by calls that the library does not make hang")
+    return found
+
+
+@pytest.mark.parametrize("step", ["stalls-0", "stalls-1", "stalls-2", "stalls-last"])
+def test_a_read_that_never_ends(stalled, step):
+    """An error that names file and array, and one thread left behind for each file."""
+    assert step in stalled, stalled
+    found = stalled[step]
+    assert found["outcome"] == "TimeoutError", found
+    assert re.search(r"/no/w/0\.\d\.0: array 'w'.*READ_TIMEOUT", found["text"]), found
+    assert found["faults"] and found["seconds"] < 20, found
+    assert 0 < found["left"] <= READERS, found
+
+
+@pytest.mark.parametrize("cycle", range(stalled_process.CYCLES))
+@pytest.mark.parametrize("kind", ["other", "answers"])
+def test_restores_after_a_read_that_never_ended(stalled, kind, cycle):
+    """While its threads hang, and when they have ended: as the first, with as many readers."""
+    step = f"{kind}-{cycle}"
+    assert step in stalled, stalled
+    found = {name: stalled[step][name] for name in ("outcome", "text", "left")}
+    assert found["outcome"] == "same" and found["text"].startswith(stalled["engine"]), found
+    assert found["text"] == stalled["first"]["text"] and found["left"] == 0, found
+
+
+def test_nothing_is_left_of_reads_that_ended_late(stalled):
+    """And those that never end do not keep the process from ending."""
+    assert "end" in stalled and stalled["code"] == 0, stalled
+    first, *_, last = (stalled[f"held-{n}"] for n in range(stalled_process.CYCLES))
+    grown = last.pop("device bytes", 0) - first.pop("device bytes", 0)
+    assert first == last and grown < 32 << 20, (first, last, grown)
