@@ -5,9 +5,11 @@ rounds. JAXGDS_SOAK is for how many seconds (600 before a release).
 """
 
 import gc
+import itertools
 import os
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,9 @@ import pallas_kernels as pk
 GPUS = [d for d in jax.devices() if d.platform == "gpu"]
 SECONDS = float(os.environ.get("JAXGDS_SOAK", "20"))
 FORMATS = [pk.KVFormat(), pk.KVFormat(3, 8, window=20, page_size=16, sinks=0)]
+OPTIONS = [
+    {"soft_cap": cap, "sliding_window": window} for cap in (None, 30.0) for window in (None, 256)
+]
 BATCH, HEADS, GROUP, DIM, MAX_LEN, CHUNK = 3, 2, 4, 128, 2048, 96
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="no GPU")]
@@ -32,19 +37,17 @@ def test_everything_again_and_again(tmp_path):
     rng = np.random.default_rng(0)
     sources = checkpoints(tmp_path, rng)
     caches = [empty(fmt) for fmt in FORMATS]
-    before, rounds, end = None, 0, time.monotonic() + SECONDS
+    for which, one, options in itertools.product(range(len(caches)), (False, True), OPTIONS):
+        caches[which] = advance(caches[which], rng, one, options)
+    for source in sources:
+        restore(*source)
+    before = held()  # all is compiled, the rings are pinned
+    rounds, end = 0, time.monotonic() + SECONDS
     while rounds < 8 or time.monotonic() < end:
-        which = int(rng.integers(len(caches)))
-        caches[which] = advance(caches[which], rng)
-        path, expected = sources[rng.integers(len(sources))]
-        got = jaxgds.load(path)
-        for name, array in expected.items():
-            np.testing.assert_array_equal(np.asarray(got[name]), array)
-        del got
+        which, one = int(rng.integers(len(caches))), bool(rng.integers(2))
+        caches[which] = advance(caches[which], rng, one, OPTIONS[rng.integers(len(OPTIONS))])
+        restore(*sources[rng.integers(len(sources))])
         rounds += 1
-        if rounds == 8:  # all is compiled, the rings are pinned
-            before = held()
-    assert before is not None
     after = held()
     assert after[1:] == before[1:]
     assert after[0] <= before[0] + (1 << 20), f"{rounds} rounds: {before[0]} -> {after[0]} bytes"
@@ -68,36 +71,44 @@ def checkpoints(folder, rng) -> list[tuple[str, dict[str, np.ndarray]]]:
     return found
 
 
+def restore(path: str, expected: dict[str, np.ndarray]) -> None:
+    got = jaxgds.load(path)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(got[name]), array)
+
+
 def empty(fmt: pk.KVFormat) -> pk.KVCache:
     return pk.KVCache.create(fmt, BATCH, MAX_LEN, HEADS, DIM)
 
 
-def advance(cache: pk.KVCache, rng) -> pk.KVCache:
-    """A chunk of a prompt, or one token: attention by the kernels and by xla, then the append."""
+def advance(cache: pk.KVCache, rng, one: bool, options: dict[str, Any]) -> pk.KVCache:
+    """A chunk of a prompt, or one token: attention by the kernels and by xla, and the append."""
     if int(cache.lengths.max()) + CHUNK > MAX_LEN:
         cache = empty(cache.fmt)
-    one = rng.random() < 0.5
     new = 1 if one else CHUNK
     k, v, q = (
         jnp.asarray(rng.standard_normal((BATCH, new, n, DIM)), jnp.bfloat16)
         for n in (HEADS, HEADS, HEADS * GROUP)
     )
+    q *= 2  # to scores of which some are near the cap
     if one:
         cache = cache.append(k, v)
-        outputs = [pk.decode_attention(q[:, 0], cache, implementation=i) for i in (None, "xla")]
-        return checked(cache, outputs)
+        outputs = [
+            pk.decode_attention(q[:, 0], cache, implementation=i, **options) for i in (None, "xla")
+        ]
+        return checked(cache, outputs, options)
     counts = jnp.asarray(rng.integers(0, CHUNK + 1, BATCH), jnp.int32)
     outputs = [
-        pk.prefill_attention(q, k, v, cache, lengths=counts, implementation=i)
+        pk.prefill_attention(q, k, v, cache, lengths=counts, implementation=i, **options)
         for i in ("mosaic_gpu", "xla")
     ]
-    return checked(cache, outputs).append(k, v, counts)
+    return checked(cache, outputs, options).append(k, v, counts)
 
 
-def checked(cache: pk.KVCache, outputs) -> pk.KVCache:
+def checked(cache: pk.KVCache, outputs, options) -> pk.KVCache:
     got, expected = (np.asarray(x, np.float32) for x in outputs)
     error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-9)
-    assert error < 1e-2, (error, cache.fmt, cache.lengths)
+    assert error < 1e-2, (error, cache.fmt, cache.lengths, options)
     return cache
 
 
