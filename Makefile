@@ -1,6 +1,6 @@
 # make demo, make test: what they need goes into .venv when it is first needed (test-aot's into
 # .venv-aot).
-.PHONY: help demo test test-gpu test-aot lint clean
+.PHONY: help demo test test-gpu test-aot sanitize lint clean
 .DEFAULT_GOAL := help
 
 bin := .venv/bin
@@ -20,6 +20,7 @@ help:
 	@echo 'make test      the tests that need no GPU'
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
 	@echo 'make test-aot  compile the GPU kernels without a GPU and check the machine code (1.5 GB)'
+	@echo 'make sanitize  the Hopper kernels under compute-sanitizer: bad accesses and races'
 	@echo 'make lint      ruff and pyright'
 	@echo 'make clean     remove .venv, the downloads and the caches'
 
@@ -34,6 +35,11 @@ test-gpu: $(for_dev)
 
 test-aot: .venv-aot/installed-aot
 	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic
+
+sanitize: $(for_dev)
+	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
+		$(bin)/python tests/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(bin)/python tests/sanitize.py
 
 lint: $(for_dev)
 	$(bin)/ruff check
