@@ -7,12 +7,14 @@ context that is current when they are made: `use` first.
 a hundred times longer to get it back than to put work into a stream.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import os
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 from jaxgds.engines.strided import Box
@@ -62,6 +64,8 @@ _SIGNATURES = {
     "cuDeviceGetPCIBusId": [c_char_p, c_int, c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
     "cuCtxSetCurrent": [c_void_p],
+    "cuCtxPushCurrent_v2": [c_void_p],
+    "cuCtxPopCurrent_v2": [POINTER(c_void_p)],
     "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
     "cuMemHostUnregister": [c_void_p],
     "cuMemAlloc_v2": [POINTER(c_uint64), c_size_t],
@@ -179,21 +183,50 @@ def use(ordinal: int) -> None:
     call("cuCtxSetCurrent", context(ordinal))
 
 
+@contextlib.contextmanager
+def current(ordinal: int) -> Iterator[None]:
+    """GPU `ordinal` is current within, for whichever thread this is."""
+    call("cuCtxPushCurrent_v2", context(ordinal))
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent_v2", ctypes.byref(c_void_p()))
+
+
+def when_dropped(owner: object, free: Callable[..., None], *arguments: object) -> weakref.finalize:
+    """Has `free` called with `arguments` once: by the caller, or when nobody holds `owner`.
+
+    As when a read that hung has ended at last. Not at the end of the process, which frees all.
+    """
+
+    def quietly() -> None:
+        with contextlib.suppress(CudaError):
+            free(*arguments)
+
+    finalizer = weakref.finalize(owner, quietly)
+    finalizer.atexit = False
+    return finalizer
+
+
 class Pinned:
     """Page-locked host memory, page-aligned, that every GPU copies from at full speed.
 
     Anonymous memory, populated and then registered: several times faster than cuMemHostAlloc,
     and what takes the time, the zeroing, runs on all threads that pin at once.
 
+    Args:
+      ordinal: a GPU, which is current.
+
     Attributes:
       pointer: its address.
       view: its bytes.
+      close: gives it back.
     """
 
-    def __init__(self, nbytes: int):
-        self._map = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.view = memoryview(self._map)
-        self.pointer = ctypes.addressof(c_char.from_buffer(self._map))
+    def __init__(self, nbytes: int, ordinal: int):
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(memory)
+        self.pointer = ctypes.addressof(c_char.from_buffer(memory))
         libc = ctypes.CDLL(None)
         for advice in (
             mmap.MADV_HUGEPAGE,
@@ -201,9 +234,13 @@ class Pinned:
         ):  # hints: their failure is harmless
             libc.madvise(c_void_p(self.pointer), c_size_t(nbytes), advice)
         call("cuMemHostRegister_v2", self.pointer, nbytes, _PORTABLE)
+        # The view goes along, so that the memory is there for as long as the driver knows it.
+        self.close = when_dropped(self, _unregister, ordinal, self.pointer, self.view)
 
-    def close(self) -> None:
-        call("cuMemHostUnregister", self.pointer)
+
+def _unregister(ordinal: int, pointer: int, view: memoryview) -> None:
+    with current(ordinal):
+        call("cuMemHostUnregister", pointer)
 
 
 def allocate(nbytes: int) -> int:

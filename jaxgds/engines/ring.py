@@ -6,6 +6,7 @@ with the next slot, and comes back to a slot only when its copies are done.
 
 import os
 import threading
+from collections.abc import Callable
 
 from jaxgds import scatter
 from jaxgds.engines import cuda
@@ -51,6 +52,7 @@ class Lane:
         self._slots: list[Slot] = []
         self._next = 0
         self._current: int | None = None
+        self._free_events: Callable[[], object] = lambda: None
 
     def open(self, ordinal: int) -> None:
         """Hands the lane to the calling thread; pins the slots when it is first used."""
@@ -59,13 +61,16 @@ class Lane:
         if self._slots:
             return
         nbytes = self.slot_bytes + MARGIN
-        memory = self._memory = cuda.Pinned(self._count * nbytes)
+        memory = self._memory = cuda.Pinned(self._count * nbytes, ordinal)
         self._slots = [
             Slot(memory.pointer + at, memory.view[at : at + nbytes])
             for at in range(0, self._count * nbytes, nbytes)
         ]
         for slot in self._slots:
             slot.events[ordinal] = cuda.event()
+        self._free_events = cuda.when_dropped(
+            self, _destroy_events, [slot.events for slot in self._slots]
+        )
         self._streams.at(ordinal)
 
     def slot(self) -> Slot:
@@ -106,14 +111,18 @@ class Lane:
     def close(self) -> None:
         """Drains, and gives everything back."""
         self.drain()
-        for slot in self._slots:
-            for ordinal, event in slot.events.items():
-                self.stream(ordinal)
-                cuda.call("cuEventDestroy_v2", event)
         self._slots.clear()
+        self._free_events()
         if self._memory is not None:
             self._memory.close()
             self._memory = None
+
+
+def _destroy_events(events: list[dict[int, int]]) -> None:
+    for of_slot in events:
+        for ordinal, event in of_slot.items():
+            with cuda.current(ordinal):
+                cuda.call("cuEventDestroy_v2", event)
 
 
 class Streams:
@@ -121,11 +130,15 @@ class Streams:
 
     There is one way to the device, which one stream fills as well as many, and each
     stream takes milliseconds to make.
+
+    Attributes:
+      close: destroys them.
     """
 
     def __init__(self) -> None:
         self._made: dict[int, int] = {}
         self._lock = threading.Lock()
+        self.close = cuda.when_dropped(self, _destroy_streams, self._made)
 
     def at(self, ordinal: int) -> int:
         """The stream on GPU `ordinal`, which must be current."""
@@ -136,11 +149,11 @@ class Streams:
                 self._made[ordinal] = stream
         return stream
 
-    def close(self) -> None:
-        for ordinal, stream in self._made.items():
-            cuda.use(ordinal)
+
+def _destroy_streams(streams: dict[int, int]) -> None:
+    for ordinal, stream in streams.items():
+        with cuda.current(ordinal):
             cuda.call("cuStreamDestroy_v2", stream)
-        self._made.clear()
 
 
 class Ring:
