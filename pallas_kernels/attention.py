@@ -56,7 +56,7 @@ def decode_attention(
 
         return mosaic.unsupported(q, cache) is None
 
-    return _choose(implementation, plain, kernel, able, q, cache)
+    return _choose(implementation, plain, kernel, q, cache, able=able)
 
 
 def prefill_attention(
@@ -76,8 +76,7 @@ def prefill_attention(
     The chunk is appended afterwards (`cache.append(k, v, lengths)`). lengths: how many of its
     tokens are valid, from the front, default all; the others give zeros. k and v are rounded to
     bf16, as the cache stores them. sliding_window counts the query's own token. Otherwise as
-    `decode_attention`, but that the kernel is for any number of queries, and only used where
-    "mosaic_gpu" is asked for.
+    `decode_attention`, but that the kernel is for any number of query heads.
     """
     name = "q [batch, new, q_heads, head_dim]"
     _check(name, q, 4, cache, implementation, soft_cap, sliding_window)
@@ -120,11 +119,10 @@ def prefill_attention(
             architecture=mosaic.architecture(q),
         )
 
-    # To be True once the kernel's GPU tests (make test-gpu) have passed.
-    return _choose(implementation, plain, kernel, lambda: False, q, k, v, cache, count)
+    return _choose(implementation, plain, kernel, q, k, v, cache, count)
 
 
-def _choose(implementation: str | None, plain, kernel, able, q: Array, *rest) -> Array:
+def _choose(implementation: str | None, plain, kernel, q: Array, *rest, able=lambda: True) -> Array:
     """The result of `plain` or of the `kernel`, functions of (q, *rest); able: can it do that?"""
     if implementation == "mosaic_gpu":
         return kernel(q, *rest)

@@ -3,6 +3,7 @@
 The interpreter runs the kernel but for the machine code that decodes codes in registers.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,3 +128,18 @@ def test_tokens_beyond_the_counts_may_hold_anything(interpret):
         for filler in (0, jnp.nan)
     )
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_the_default_on_hopper():
+    """Eager or under jit; not on a CPU of the same process."""
+    cpu, gpu = jax.local_devices(backend="cpu")[0], jax.local_devices()[0]
+
+    def kernels(device):
+        cache = pk.KVCache.create(pk.KVFormat(), 1, 256, 1, 64)
+        q, kv = jnp.zeros((1, 5, 20, 64)), jnp.zeros((1, 5, 1, 64))
+        arguments = jax.device_put((q, kv, kv, cache), device)
+        assert not np.asarray(pk.prefill_attention(*arguments)).any()
+        return jax.jit(pk.prefill_attention).lower(*arguments).as_text().count("mosaic_gpu")
+
+    assert kernels(gpu) and not kernels(cpu)
