@@ -3,9 +3,17 @@
 import argparse
 import dataclasses
 import importlib
+import json
+import os
+import signal
+import stat
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 from jaxgds.bench.checkpoints import FORMATS
-from jaxgds.show import PLOT, say, show_bench
+from jaxgds.show import PLOT, say, show, show_bench
 
 
 BENCHES = ("restore", "coldstart", "decode", "encode", "prefill", "quality")
@@ -46,8 +54,8 @@ def _restore(args: argparse.Namespace) -> int:
     if unknown := set(args.formats) - set(FORMATS):
         raise ValueError(f"--formats: {sorted(unknown)} are not among {FORMATS}")
     size = int(args.size * 1e9)
-    found = restore.run(args.dir, args.formats, size, args.repeat, args.cold, report=say)
-    return show_bench(args, found, restore)
+    run = partial(restore.run, args.dir, args.formats, size, args.repeat, args.cold)
+    return _measure(args, run, restore)
 
 
 def _add_coldstart(commands) -> None:
@@ -78,8 +86,8 @@ def _coldstart(args: argparse.Namespace) -> int:
     if args.layers is not None:
         config |= {"num_hidden_layers": args.layers}
     options = {name: getattr(args, name) for name in ("devices", "prompt", "repeat")}
-    found = coldstart.run(args.dir, config, args.weights, **options, report=say)
-    return show_bench(args, found, coldstart)
+    run = partial(coldstart.run, args.dir, config, args.weights, **options)
+    return _measure(args, run, coldstart)
 
 
 def _add_kernels(commands) -> None:
@@ -143,10 +151,8 @@ def _kernel(args: argparse.Namespace) -> int:
     sizes = bench.GPU if jax.devices()[0].platform == "gpu" else bench.CPU
     names = [field.name for field in dataclasses.fields(sizes)]
     asked = {n: x for n in names if (x := getattr(args, n, None)) is not None}
-    found = bench.run(
-        dataclasses.replace(sizes, **asked), args.formats or bench.FORMATS, report=say
-    )
-    return show_bench(args, found, bench)
+    run = partial(bench.run, dataclasses.replace(sizes, **asked), args.formats or bench.FORMATS)
+    return _measure(args, run, bench)
 
 
 def _add_quality(commands) -> None:
@@ -190,6 +196,60 @@ def _quality(args: argparse.Namespace) -> int:
     )
     found = quality.run(model, tokens, caches, args.chunk) | {"model": name, "text": text}
     return show_bench(args, found, quality)
+
+
+def _measure(args: argparse.Namespace, run: Callable[..., Any], bench: ModuleType) -> int:
+    """Runs a benchmark and shows its result; of one that is cut off, what it has measured.
+
+    The file of --json is written after every case, with "complete": false until the last: of a run
+    that is killed it is what is left. SIGTERM (as of `timeout`) and Ctrl-C end a run with 130.
+    """
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _measure_and_keep(args, run, bench)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+    raise KeyboardInterrupt
+
+
+def _measure_and_keep(args: argparse.Namespace, run: Callable[..., Any], bench: ModuleType) -> int:
+    found: dict[str, Any] = {}
+    file = args.json
+    if file == "-" or (file and os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode)):
+        file = None  # stdout, a pipe, a link: not to be replaced; `show` writes it, once
+
+    def keep(so_far: dict[str, Any]) -> None:
+        nonlocal found
+        found = so_far | {"complete": False}
+        if file:
+            _write(file, found)
+
+    try:
+        found = run(report=say, keep=keep)
+    except KeyboardInterrupt:
+        say("stopped" if found else "stopped before the first result")
+        if not found:
+            return 130
+    if file:
+        _write(file, found)
+        args.json = None
+    if "complete" in found:
+        show(args, found, bench.table)
+        return 130
+    return show_bench(args, found, bench)
+
+
+def _write(file: str, found: dict[str, Any]) -> None:
+    """The whole file or, if the process is killed here, the one from before."""
+    part = f"{file}.part"
+    with open(part, "w") as f:
+        json.dump(found, f, indent=1)
+        f.write("\n")
+    os.replace(part, file)
 
 
 def _words(text: str) -> tuple[str, ...]:

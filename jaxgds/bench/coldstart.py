@@ -49,6 +49,7 @@ def run(
     prompt: int = 256,
     repeat: int = 1,
     report=print,
+    keep=lambda found: None,
 ) -> dict[str, Any]:
     """Makes the checkpoint in `folder` (kept for the next run) and measures every case.
 
@@ -57,6 +58,7 @@ def run(
       devices: over how many the model is split.
       prompt: tokens of the prompt, read at once.
       repeat: processes for each case; the one with the median total is reported.
+      keep: given the result so far after every case.
 
     Returns:
       Plain JSON types. results: for each case seconds (of each part; those of `load` and `compile`
@@ -81,6 +83,15 @@ def run(
         report(f"checkpoint {path}: {size / 1e9:.2f} billion random parameters in {weights}")
         make(path, config, weights, devices)
     results = []
+    found = {
+        "weights": weights,
+        "devices": devices,
+        "layers": layers,
+        "parameters": size,
+        "prompt": prompt,
+        "cores": len(os.sched_getaffinity(0)),
+        "results": results,
+    }
     with tempfile.TemporaryDirectory(prefix="jaxgds-compiled-") as cache:
         for name, (loader, state) in CASES.items():
             runs = []
@@ -93,18 +104,11 @@ def run(
                 runs.append(_measure(loader, path, where, devices, prompt, root))
                 report(f"  {runs[-1]}")
             results.append({"name": name, **_median(runs)})
+            keep(found)
     tokens = {row["token"] for row in results if "token" in row}
     if len(tokens) > 1:
         raise ArithmeticError(f"the cases disagree on the first token: {sorted(tokens)}")
-    return {
-        "weights": weights,
-        "devices": devices,
-        "layers": layers,
-        "parameters": size,
-        "prompt": prompt,
-        "cores": len(os.sched_getaffinity(0)),
-        "results": results,
-    }
+    return found
 
 
 def make(path: Path, config: Mapping[str, Any], weights: Weights, devices: int = 1) -> None:

@@ -20,7 +20,8 @@ from jaxgds.bench import sweep, timing
 from pallas_kernels import codebook
 
 
-FORMATS = ("K8V8", "K8V4", "K4V4", "K4V3", "K3V3")
+# These, and the sizes below, in the order in which a run that is cut off is of most use.
+FORMATS = ("K4V4", "K8V8", "K8V4", "K4V3", "K3V3")
 _TOLERANCE = 1e-2  # relative, in the Euclidean norm; rounding the result to bf16 takes 1e-3
 # The arrays of a cache that have a row for each sequence, but for its table.
 _OF_SEQUENCES = ("lengths", "sink_k", "sink_v", "recent_k", "recent_v", "key_offset")
@@ -46,26 +47,32 @@ class Sizes:
         sweep.check_positive(self)
 
 
-GPU = Sizes(seqs=(4096, 32768, 131072), batches=(1, 8))
+GPU = Sizes(seqs=(32768, 4096, 131072), batches=(8, 1))
 CPU = Sizes(seqs=(1024,), batches=(1,), head_dim=64, group=4, kv_heads=2, nbytes=1, repeat=3)
 
 
-def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[str, Any]:
+def run(
+    sizes: Sizes, formats: Sequence[str] = FORMATS, report=print, keep=lambda found: None
+) -> dict[str, Any]:
     """Checks and times each format at each size on the first device.
 
     Plain JSON types: machine, copy_rate (bytes per second, read and written), results (one a
-    case; "error" in place of times for one that is wrong or does not fit). Raises ValueError for
-    a format that is not like K4V4.
+    case; "error" in place of times for one that is wrong or does not fit). After every case `keep`
+    is given what there is so far. Raises ValueError for a format that is not like K4V4.
     """
     settings = [format_of(name) for name in formats]
     machine, gpu = sweep.begin(report)
     rate = timing.copy_rate(sizes.repeat, gpu)
+    shape = {"head_dim": sizes.head_dim, "group": sizes.group, "kv_heads": sizes.kv_heads}
     cases = list(product(sizes.batches, sizes.seqs))
     results = []
+    measured = {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
 
     def add(name: str, batch: int, seq: int, case: Callable[[], dict[str, Any]]):
         found = sweep.outcome(case, f"{name}, batch {batch}, {seq} tokens", report)
         results.append({"name": name, "batch": batch, "seq": seq, **found})
+        results.sort(key=lambda row: (row["batch"], row["seq"]))
+        keep(measured)
 
     for batch, seq in cases:
         tokens = batch * seq * sizes.kv_heads * sizes.head_dim
@@ -79,9 +86,7 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
         for batch, seq in cases:
             add(name, batch, seq, partial(_compressed, sizes, batch, seq, fmt, pages, gpu))
         del pages  # before those of the next format are made
-    results.sort(key=lambda row: cases.index((row["batch"], row["seq"])))
-    shape = {"head_dim": sizes.head_dim, "group": sizes.group, "kv_heads": sizes.kv_heads}
-    return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
+    return measured
 
 
 def format_of(name: str) -> pk.KVFormat:

@@ -49,17 +49,21 @@ GPU = Sizes(tokens=(1, 64, 2048, 32768), batches=(1, 8))
 CPU = Sizes(tokens=(1, 256), batches=(1,), head_dim=64, kv_heads=2, nbytes=1, repeat=3)
 
 
-def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[str, Any]:
+def run(
+    sizes: Sizes, formats: Sequence[str] = FORMATS, report=print, keep=lambda found: None
+) -> dict[str, Any]:
     """Checks and times each format at each size on the first device.
 
     Plain JSON types: machine, copy_rate (bytes per second, read and written), results (one a
-    case; "error" in place of times for one that is wrong or does not fit). Raises ValueError for
-    a format that is not like K4V4.
+    case; "error" in place of times for one that is wrong or does not fit). After every case `keep`
+    is given what there is so far. Raises ValueError for a format that is not like K4V4.
     """
     settings = [format_of(name) for name in formats]
     machine, gpu = sweep.begin(report)
     rate = timing.copy_rate(sizes.repeat, gpu)
+    shape = {"head_dim": sizes.head_dim, "kv_heads": sizes.kv_heads, "dtype": sizes.dtype}
     results = []
+    measured = {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
     for batch, tokens in product(sizes.batches, sizes.tokens):
         for name, fmt in zip(formats, settings, strict=True):
             by_xla: list[pk.KVCache] = []
@@ -69,8 +73,8 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
                 row = {"name": name, "implementation": implementation}
                 row |= sweep.outcome(case, text, report)
                 results.append({"batch": batch, "tokens": tokens, **row})
-    shape = {"head_dim": sizes.head_dim, "kv_heads": sizes.kv_heads, "dtype": sizes.dtype}
-    return {"machine": machine, "shape": shape, "copy_rate": rate, "results": results}
+                keep(measured)
+    return measured
 
 
 def _append(

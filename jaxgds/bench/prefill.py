@@ -50,15 +50,21 @@ GPU = Sizes(seqs=(8192, 32768), batches=(1,))
 CPU = Sizes(seqs=(256,), batches=(1,), chunk=128, head_dim=64, group=2, kv_heads=1, repeat=1)
 
 
-def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[str, Any]:
+def run(
+    sizes: Sizes, formats: Sequence[str] = FORMATS, report=print, keep=lambda found: None
+) -> dict[str, Any]:
     """Checks and times each format at each size on the first device.
 
     Plain JSON types: machine, shape, results (one a case; "error" in place of times for one that
-    is wrong or does not fit). Raises ValueError for a format that is not like K4V4.
+    is wrong or does not fit). After every case `keep` is given what there is so far. Raises
+    ValueError for a format that is not like K4V4.
     """
     settings = [format_of(name) for name in formats]
     machine, gpu = sweep.begin(report)
+    names = ("chunk", "head_dim", "group", "kv_heads")
+    shape = {name: getattr(sizes, name) for name in names}
     results = []
+    measured = {"machine": machine, "shape": shape, "results": results}
     for batch, seq in product(sizes.batches, sizes.seqs):
         baseline = "cudnn" if gpu else "xla"
         cases: list[tuple[str, Callable[[], dict[str, Any]]]] = [
@@ -69,9 +75,8 @@ def run(sizes: Sizes, formats: Sequence[str] = FORMATS, report=print) -> dict[st
         for name, case in cases:
             found = sweep.outcome(case, f"{name}, batch {batch}, {seq} tokens", report)
             results.append({"name": name, "batch": batch, "seq": seq, **found})
-    names = ("chunk", "head_dim", "group", "kv_heads")
-    shape = {name: getattr(sizes, name) for name in names}
-    return {"machine": machine, "shape": shape, "results": results}
+            keep(measured)
+    return measured
 
 
 def flops(sizes: Sizes, batch: int, seq: int) -> int:

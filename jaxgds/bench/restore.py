@@ -47,6 +47,7 @@ def run(
     repeat: int = 3,
     cold: bool = False,
     report=print,
+    keep=lambda found: None,
 ) -> dict[str, Any]:
     """Makes the checkpoints in `folder` (kept for the next run) and measures every case.
 
@@ -54,7 +55,8 @@ def run(
       nbytes: size of each checkpoint's arrays.
       repeat: calls per process; the first and the best are reported.
       cold: drop the files from the page cache before each process, which then makes one call.
-      report: told what is being done.
+      report: told what is being done, and what came of it.
+      keep: given the result so far after every case.
 
     Returns:
       Plain JSON types: machine, ceilings (bytes per second), results (one per case).
@@ -65,7 +67,6 @@ def run(
     paths = checkpoints.make(folder, tuple(formats), nbytes)
     machine = _machine()
     gpu = machine["device_platform"] == "gpu"
-    results = []
     limits: dict[str, float | None] = {"pinned_to_device": _in_process("pinned_rate()")}
     some = _files(paths[formats[0]])
     try:
@@ -73,6 +74,8 @@ def run(
         limits["direct_read"] = ceilings.read_rate(some, direct=True)
     except OSError:  # tmpfs
         limits["direct_read"] = None
+    results = []
+    found = {"machine": machine, "cold": cold, "ceilings": limits, "results": results}
     for loader, name in cases(formats, gpu):
         files = _files(paths[name])
         left = cached = None
@@ -82,16 +85,18 @@ def run(
             # Of each checkpoint: how its pages lie in memory can halve the rate.
             cached = max(ceilings.read_rate(files, direct=False) for _ in range(2))
         report(f"{loader} on {name}")
-        results.append(
-            {
-                "loader": loader,
-                "format": name,
-                "cached_before": left,
-                "page_cache_read": cached,
-                **_measure(loader, paths[name], 1 if cold else repeat),
-            }
-        )
-    return {"machine": machine, "cold": cold, "ceilings": limits, "results": results}
+        row = {
+            "loader": loader,
+            "format": name,
+            "cached_before": left,
+            "page_cache_read": cached,
+            **_measure(loader, paths[name], 1 if cold else repeat),
+        }
+        rates = "{first_gbps:.2f} GB/s first, {best_gbps:.2f} best"
+        report("  " + (row.get("error") or rates.format(**row)))
+        results.append(row)
+        keep(found)
+    return found
 
 
 def _measure(loader: str, path: str, repeat: int) -> dict[str, Any]:

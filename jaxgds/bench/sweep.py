@@ -42,15 +42,16 @@ def outcome(
 ) -> dict[str, Any]:
     """What a case returns, or its error: of one that is wrong or does not fit.
 
-    Reports the text with the seconds that the case took, of which most are compilation.
+    Reports it after the text, and the seconds that the case took, of which most are compilation.
     """
     start = time.perf_counter()
     try:
-        return case()
+        found = case()
     except (RuntimeError, ArithmeticError) as e:
-        return {"error": str(e).splitlines()[0]}
-    finally:
-        report(f"{text}: {time.perf_counter() - start:.1f} s")
+        found = {"error": (str(e).splitlines() or [repr(e)])[0]}
+    said = f"{found['us']:.1f} us" if "us" in found else found["error"]
+    report(f"{text}: {said} ({time.perf_counter() - start:.1f} s)")
+    return found
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
