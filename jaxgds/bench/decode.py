@@ -162,7 +162,12 @@ def _by_xla(q: jax.Array, cache: pk.KVCache, which: Sequence[int], longest: int)
     most = cache.fmt.packed(longest) // cache.fmt.page_size
     table = np.pad(table, ((0, 0), (0, max(0, most - table.shape[1]))))
     few = replace(cache, max_len=longest, page_table=jnp.asarray(table), **parts)
-    return pk.decode_attention(q.astype(jnp.float32), few, implementation="xla")
+    return _attend_by_xla(q, few)
+
+
+@jax.jit  # compiled at once, not operation by operation
+def _attend_by_xla(q, cache):
+    return pk.decode_attention(q.astype(jnp.float32), cache, implementation="xla")
 
 
 @jax.jit

@@ -51,7 +51,7 @@ def measure(
     jax.block_until_ready(every(shared, inputs))
     repeat = max(1, min(repeat, int(_SECONDS / (time.perf_counter() - start))))
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         jax.block_until_ready([every(shared, inputs) for _ in range(repeat)])
         seconds.append((time.perf_counter() - start) / repeat / len(inputs))
