@@ -16,18 +16,16 @@ publishes p. The first tile always changes them.
 For head_dim 64 the threads take the channels of V twice, for a half of the tile each: the halves
 are then splits of their own.
 
-The block of split 0 also attends to sinks and ring (`exact`), and has fewer tiles for it. Blocks
+What is not about tiles it has in common with Hopper's: `decode_block`. Blocks
 take turns on a multiprocessor, so that one decodes while another waits for its tensor core; there
 is no further specialisation of warps. Compiled ahead of time and interpreted, not yet run.
 """
 
-import functools
 import math
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -38,25 +36,29 @@ from pallas_kernels.cache import KVCache
 from pallas_kernels.mosaic import blackwell, exact, levels, row_levels
 from pallas_kernels.mosaic.blackwell import PARTS
 from pallas_kernels.mosaic.config import Config
-from pallas_kernels.mosaic.exact import LOWEST, capped
+from pallas_kernels.mosaic.decode_block import (
+    SHARED_MEMORY,
+    Inputs,
+    Options,
+    Pages,
+    block,
+    fetched,
+    launch,
+)
+from pallas_kernels.mosaic.exact import LOWEST
 from pallas_kernels.mosaic.row_levels import LAYOUT, ROWS
 from pallas_kernels.mosaic.tiles import (
     along_columns,
     along_rows,
     full,
     load_transposed,
-    rotation_matrix,
     smem,
-    store_result,
     store_row,
 )
 from pallas_kernels.packing import plane_bits
 
 
-_SHARED_MEMORY = 224 * 1024  # of a multiprocessor, less what it keeps of four blocks for itself
 _COLUMNS = 512  # of a multiprocessor's tensor memory
-# What 64 tokens of sinks and ring take, in tiles of a few bits.
-_PACKED_PER_EXACT = 2
 _TOP = 2.0**8  # e4m3 ends at 448
 _ADAPTED = 2.0**4  # the largest p * v_scale / unit when they have been adapted; above _TOP they are
 
@@ -76,205 +78,106 @@ def attention_parts(
     """As `decode_hopper.attention_parts`. parts: splits, or for head_dim 64 twice as many."""
     fmt = cache.fmt
     batch, heads, rows, d = q_parts[0].shape
-    planes = (
-        *map(_lines, cache.k_planes),
-        cache.k_scale,
-        *map(_lines, cache.v_planes),
-        cache.v_scale,
-    )
-    pages = ROWS // fmt.page_size  # in a tile
-    of_pages = _layouts(fmt, d)
     stages = -(-config.stages // 2)  # of two of Hopper's tiles each
-    # TMA writes to multiples of 128 bytes: each page's scales get a line of their own.
-    scales = (stages, pages, max(64, fmt.page_size))
-    tiles = [(stages, pages * x.shape[2], *x.shape[3:]) for x in planes]
-    tiles = [shape if len(shape) == 3 else scales for shape in tiles]
-    used = sum(math.prod(shape) * x.dtype.itemsize for x, shape in zip(planes, tiles, strict=True))
+    tiles, used = fetched(cache, stages, ROWS)
     used += 2 * d * (exact.TILE + 3 * rows) + PARTS * rows * (d + ROWS) + 4 * rows * exact.TILE
     accumulators = d // ROWS or 2
     columns = d // 4 + max(d, ROWS) * min(d, ROWS) // (4 * ROWS)
     columns += PARTS * rows * (1 + accumulators)
     # Three have the registers: see the tests of ahead-of-time compilation.
     in_tensor_memory = _COLUMNS // 2 ** math.ceil(math.log2(columns))
-    resident = min(_SHARED_MEMORY // used or 1, in_tensor_memory, 3)
+    resident = min(SHARED_MEMORY // used or 1, in_tensor_memory, 3)
     at_most = cache.page_table.shape[1] * fmt.page_size
     if sliding_window is not None:
         at_most = min(at_most, sliding_window + 2 * ROWS)
     config = replace(config, blocks=config.blocks * resident // 4)
     splits = config.splits_for(batch * heads, -(-at_most // ROWS))
     parts = splits * (2 if d < ROWS else 1)
-    dense = (cache.recent_k, cache.recent_v)
-    if fmt.sinks:
-        dense += (cache.sink_k, cache.sink_v)
-    if fmt.key_offset:
-        dense += (cache.key_offset,)
 
     def tmem(*shape, dtype=jnp.float32):
         return plgpu.TMEM(shape, dtype, packed=dtype != jnp.float32)
 
-    kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            fmt=fmt,
-            factor=factor,
-            q_count=len(q_parts),
-            stages=stages,
-            splits=splits,
-            soft_cap=soft_cap,
-            sliding_window=sliding_window,
-            interpret=interpret,
+    scratch_types = (
+        smem((rows, d), jnp.float16),
+        tuple(smem((rows, d), jnp.bfloat16) for _ in q_parts),
+        blackwell.smem8((PARTS * rows, d)),
+        smem((exact.TILE, d), jnp.bfloat16),
+        blackwell.smem8((PARTS * rows, ROWS)),
+        tuple(smem((rows, exact.TILE), jnp.bfloat16) for _ in range(2)),
+        plgpu.SMEM((rows,), jnp.float32),
+        jax.tree.map(
+            lambda x, layout: plgpu.SMEM(x.shape, x.dtype, transforms=layout),
+            tiles,
+            _layouts(fmt, d),
         ),
-        out_type=(
-            jax.ShapeDtypeStruct((batch, heads, parts + 1, d, rows), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, parts + 2, rows), jnp.float32),
-        ),
-        scratch_types=(
-            smem((rows, d), jnp.float16),
-            tuple(smem((rows, d), jnp.bfloat16) for _ in q_parts),
-            blackwell.smem8((PARTS * rows, d)),
-            smem((exact.TILE, d), jnp.bfloat16),
-            blackwell.smem8((PARTS * rows, ROWS)),
-            tuple(smem((rows, exact.TILE), jnp.bfloat16) for _ in range(2)),
-            plgpu.SMEM((rows,), jnp.float32),
-            tuple(
-                plgpu.SMEM(shape, x.dtype, transforms=layout)
-                for x, shape, layout in zip(planes, tiles, of_pages, strict=True)
-            ),
-            tmem(ROWS, d, dtype=jnp.float8_e4m3fn),
-            tuple(tmem(ROWS, min(d, ROWS), dtype=jnp.float8_e4m3fn) for _ in range(0, d, ROWS)),
-            tmem(ROWS, PARTS * rows),
-            tuple(tmem(ROWS, PARTS * rows) for _ in range(accumulators)),
-            plgpu.Barrier(num_arrivals=len(q_parts)),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=pages * len(planes), num_barriers=stages),
-            plgpu.Barrier(orders_tensor_core=True),
-            plgpu.Barrier(orders_tensor_core=True),
-        ),
-        grid=(batch, heads, splits),
-        grid_names=("batch", "head", "split"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        tmem(ROWS, d, dtype=jnp.float8_e4m3fn),
+        tuple(tmem(ROWS, min(d, ROWS), dtype=jnp.float8_e4m3fn) for _ in range(0, d, ROWS)),
+        tmem(ROWS, PARTS * rows),
+        tuple(tmem(ROWS, PARTS * rows) for _ in range(accumulators)),
+        plgpu.Barrier(num_arrivals=len(q_parts)),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=ROWS // fmt.page_size * len(tiles.each()), num_barriers=stages),
+        plgpu.Barrier(orders_tensor_core=True),
+        plgpu.Barrier(orders_tensor_core=True),
     )
-    tables = np.concatenate([levels.tables(fmt.key_bits), levels.tables(fmt.value_bits)])
-    rotation = np.sqrt(d) * rotation_matrix(d, fmt.seed).T[row_levels.order(fmt.key_bits, d)]
-    return kernel(
-        cache.lengths,
-        cache.page_table,
-        jnp.asarray(tables),
-        jnp.asarray(np.round(rotation), jnp.bfloat16),
-        *q_parts,
-        *planes,
-        *dense,
-    )
+    options = Options(fmt, factor, soft_cap, sliding_window, interpret, ROWS, stages, splits)
+    order = row_levels.order(fmt.key_bits, d)
+    return launch(_kernel, options, q_parts, cache, order, parts, scratch_types)
 
 
-def _lines(plane):
-    """A page's rows as lines of 128 bytes, as TMA likes them."""
-    return plane.reshape(*plane.shape[:2], -1, 128)
+def _layouts(fmt, d: int) -> Pages:
+    """How pages lie in shared memory."""
 
+    def of(bits: int, row: int):
+        return tuple(
+            row_levels.transforms(row * width // 8, d * fmt.page_size * width // 8)
+            for width in plane_bits(bits)
+        )
 
-def _layouts(fmt, d: int) -> list[tuple]:
-    """How each of the planes, and of the scales after them, lies in shared memory."""
-
-    def of(bits: int, row: int, page: int):
-        return [
-            row_levels.transforms(row * width // 8, page * width // 8) for width in plane_bits(bits)
-        ]
-
-    page = d * fmt.page_size
-    return [*of(fmt.key_bits, d, page), (), *of(fmt.value_bits, fmt.page_size, page), ()]
+    return Pages(of(fmt.key_bits, d), (), of(fmt.value_bits, fmt.page_size), ())
 
 
 def _kernel(
-    lengths,
-    table,
-    tables,
-    rotation,
-    *refs,
-    fmt,
-    factor,
-    q_count,
-    stages,
-    splits,
-    soft_cap,
-    sliding_window,
-    interpret,
+    options: Options,
+    given: Inputs,
+    out,
+    lse,
+    q_s,
+    q_parts,
+    q_8,
+    dense_tile,
+    p_8,
+    p_parts,
+    offset_s,
+    tiles: Pages,
+    k_t,
+    v_t,
+    s_t,
+    acc_t,
+    q_ready,
+    arrived,
+    ready,
+    scored,
+    added,
 ):
-    refs = list(refs)
-    q, refs = refs[:q_count], refs[q_count:]
-    key_planes, value_planes = (len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits))
-    planes, refs = refs[: key_planes + value_planes + 2], refs[key_planes + value_planes + 2 :]
-    *dense, out, lse = refs[:-17]
-    (
-        q_s,
-        q_parts,
-        q_8,
-        dense_tile,
-        p_8,
-        p_parts,
-        offset_s,
-        tiles,
-        k_t,
-        v_t,
-        s_t,
-        acc_t,
-        *barriers,
-    ) = refs[-17:]
-    q_ready, arrived, ready, scored, added = barriers
-    batch, head, split = (lax.axis_index(name) for name in ("batch", "head", "split"))
+    fmt, stages, interpret = options.fmt, options.stages, options.interpret
     rows, d = q_s.shape
-    # A sequence that overflowed gives NaN later; here it must stay within its table.
-    pages = jnp.maximum(lengths[batch] - fmt.sinks - fmt.window, 0) // fmt.page_size
-    pages = jnp.minimum(pages, table.shape[1])
-    packed = pages * fmt.page_size
-    start, count = 0, (packed + ROWS - 1) // ROWS
-    oldest = None if sliding_window is None else lengths[batch] - sliding_window
-    if oldest is not None:
-        start = jnp.minimum(jnp.maximum(oldest - fmt.sinks, 0) // ROWS, count)
-    as_tiles = -(-fmt.ring_slots // exact.TILE) * _PACKED_PER_EXACT
-
-    def tile_of(split):
-        of_all = (count - start + as_tiles) * split // splits - as_tiles
-        return start + jnp.maximum(of_all, 0)
-
-    first, last = tile_of(split), tile_of(split + 1)
+    this = block(options, given, tiles, ready)
+    batch, head, split, first, last = this.batch, this.head, this.split, this.first, this.last
 
     def pages_of(i):
         # Beyond the last page it again, whose tokens are masked.
         at_once = ROWS // fmt.page_size
         return tuple(
-            table[batch, jnp.maximum(jnp.minimum(i * at_once + j, pages - 1), 0)]
+            given.table[batch, jnp.maximum(jnp.minimum(i * at_once + j, this.pages - 1), 0)]
             for j in range(at_once)
         )
 
-    def fetch(pages, slot):
-        @plgpu.warp_map
-        def _(warp):
-            @pl.when(warp == 0)
-            def _():
-                for j, page in enumerate(pages):
-                    for plane, tile in zip(planes, tiles, strict=True):
-                        n = plane.shape[2]
-                        if len(plane.shape) == 3:
-                            here = tile.at[slot, j, :n]
-                        else:
-                            here = tile.at[slot, j * n : (j + 1) * n]
-                        plgpu.copy_gmem_to_smem(plane.at[page, head], here, ready.at[slot])
-
-    for part, part_s in zip(q, q_parts, strict=True):
-        plgpu.copy_gmem_to_smem(part.at[batch, head], part_s, q_ready)
-    for slot in range(stages):
-
-        @pl.when(first + slot < last)
-        def _(slot=slot):
-            fetch(pages_of(first + slot), slot)
-
-    plgpu.barrier_wait(q_ready)
-
+    this.start(pages_of, q_parts, q_ready)
     q_scale = exact.rotate_queries(
-        rotation,
+        given.rotation,
         q_parts,
-        factor / math.sqrt(d),
+        options.factor / math.sqrt(d),
         dense_tile,
         arrived,
         q_s,
@@ -285,39 +188,13 @@ def _kernel(
     blackwell.store_parts(q_8, rotated, plgpu.Layout.WGMMA, interpret)
 
     offset = None
-    if soft_cap is not None and fmt.key_offset:
-        offset = exact.products(q_parts, dense[-1].at[batch, head], interpret) * factor
-        store_row(offset_s, offset, interpret)  # changes its layout
+    if options.soft_cap is not None and fmt.key_offset:
+        store_row(offset_s, this.offset(q_parts), interpret)  # changes its layout
         plgpu.commit_smem()
         offset = _load_row(offset_s, interpret)
+    this.attend_exactly(q_parts, dense_tile, arrived, p_parts, out, lse, blackwell.matmul)
 
-    exact_part = out.shape[2] - 1
-
-    @pl.when(split == 0)
-    def _():
-        here = [x.at[batch, head] for x in dense]
-        result, result_lse = exact.attend(
-            q_parts,
-            here[2:4] if fmt.sinks else None,
-            here[:2],
-            lengths[batch],
-            packed,
-            factor,
-            dense_tile,
-            arrived,
-            p_parts,
-            interpret,
-            soft_cap,
-            oldest,
-            blackwell.matmul,
-        )
-        store_result(out.at[batch, head, exact_part], result, interpret)
-        store_row(lse.at[batch, head, exact_part], result_lse, interpret)
-        if fmt.key_offset and soft_cap is None:
-            added_by_offset = exact.products(q_parts, here[-1], interpret) * factor
-            store_row(lse.at[batch, head, exact_part + 1], added_by_offset, interpret)
-
-    k_table, v_table = ((tables[i], tables[i + 1]) for i in (0, 2))
+    k_table, v_table = ((given.tables[i], given.tables[i + 1]) for i in (0, 2))
     layouts = _layouts(fmt, d)
     zeros = full((ROWS, PARTS * rows), 0.0, LAYOUT)
     for acc in acc_t:
@@ -331,17 +208,10 @@ def _kernel(
     def step(i, carry):
         (total, shift, per_unit), ahead, slot = carry
         plgpu.barrier_wait(ready.at[slot])
-        now = [tile.at[slot] for tile in tiles]
-        k_tiles, k_scale, v_tiles, v_scale = (
-            now[:key_planes],
-            now[key_planes],
-            now[key_planes + 1 : -1],
-            now[-1],
-        )
-
+        k_tiles, k_scale, v_tiles, v_scale = tiles.of(slot)
         k = row_levels.load_keys(
             k_tiles,
-            layouts[:key_planes],
+            layouts.k,
             k_table,
             fmt.key_bits,
             d,
@@ -355,7 +225,7 @@ def _kernel(
         channels = [
             row_levels.load_values(
                 v_tiles,
-                layouts[key_planes + 1 : -1],
+                layouts.v,
                 v_table,
                 fmt.value_bits,
                 d,
@@ -376,17 +246,7 @@ def _kernel(
         plgpu.barrier_wait(scored)
         s = blackwell.sum_parts(lambda j: part_of(s_t, j))
         s = s * along_rows(k_scale * (q_scale / _TOP), rows)
-        if offset is not None:
-            s = s + along_columns(offset, ROWS)
-        if soft_cap is not None:
-            s = capped(s, soft_cap)
-        if oldest is not None or fmt.page_size < ROWS:
-            token = row_levels.tokens(fmt.value_bits, interpret=interpret)
-            token += (i * ROWS).astype(jnp.float32)
-            outside = token >= packed.astype(jnp.float32)
-            if oldest is not None:
-                outside |= token < (oldest - fmt.sinks).astype(jnp.float32)
-            s = s + along_rows(jnp.where(outside, LOWEST, 0.0), rows)
+        s = this.finished(s, offset, row_levels.tokens, i)
         v_scaled = v_scale * per_unit
         weight = jnp.maximum(v_scaled, 1 / _TOP)  # p itself may be large where v is small
 
@@ -400,7 +260,7 @@ def _kernel(
         # All warps hold this tile's codes in registers now: its slot is free.
         @pl.when(i + stages < last)
         def _():
-            fetch(ahead, slot)
+            this.fetch(ahead, slot)
 
         ahead = pages_of(jnp.minimum(i + stages + 1, last - 1))
 
