@@ -26,7 +26,7 @@ from pallas_kernels.format import KVFormat
 from pallas_kernels.mosaic import levels, prefill_blackwell, prefill_hopper
 from pallas_kernels.mosaic.attention import Architecture
 from pallas_kernels.mosaic.prefill_blackwell import Queries
-from pallas_kernels.mosaic.prefill_hopper import Keys
+from pallas_kernels.mosaic.prefill_block import Keys, tile_tokens
 from pallas_kernels.mosaic.tiles import rotation_matrix
 
 
@@ -124,7 +124,7 @@ def _keys(k: Array, v: Array, cache: KVCache, count: Int32[Array, " batch"]):
     """
     fmt = cache.fmt
     d = k.shape[-1]
-    tile, root = prefill_hopper.tile_tokens(d), math.sqrt(d)
+    tile, root = tile_tokens(d), math.sqrt(d)
     length = jnp.minimum(cache.lengths, cache.max_len)
     packed = fmt.packed(length)
     base = packed // tile * tile

@@ -15,30 +15,34 @@ interpreted, not yet run.
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float16
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.mosaic import blackwell, levels
+from pallas_kernels.mosaic import blackwell, levels, prefill_block
 from pallas_kernels.mosaic.exact import LOWEST, capped
-from pallas_kernels.mosaic.prefill_hopper import Keys, tile_tokens
-from pallas_kernels.mosaic.prefill_tiles import both_sides, produce_tiles
+from pallas_kernels.mosaic.prefill_block import (
+    Barriers,
+    Keys,
+    Options,
+    Sources,
+    Tiles,
+    tile_tokens,
+)
+from pallas_kernels.mosaic.prefill_tiles import PART, produce_tiles
 from pallas_kernels.mosaic.row_levels import LAYOUT, ROWS
 from pallas_kernels.mosaic.tiles import along_rows, full, smem
-from pallas_kernels.packing import plane_bits
 
 
-_PART = 64  # tokens of a part of a tile
 _COLUMNS = 32  # tokens whose scores a thread has in registers at a time
 _HIDDEN = 2.0**100  # less than any score; a power of two, which loses no digits
 _GROWTH = 8.0  # log2 of what p may exceed 1 by
-_SHARED_MEMORY = 226 * 1024
 # Registers of a consumer's thread and of a producer's, where three warpgroups share 504.
 _REGISTERS = (208, 88)
 _BY_ROW = LAYOUT.reduce(1)
@@ -56,6 +60,20 @@ class Queries:
     scale: Float[Array, "batch kv_heads rows"]
     bias: Float[Array, "batch kv_heads rows"] | None
     place: Float[Array, " rows"]
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads in global memory, as arrays and then as refs."""
+
+    lengths: Any
+    base: Any
+    table: Any
+    tables: Any  # `prefill_block.tables`
+    place: Any  # this and what follows: of `Queries` and `Keys`
+    q: Any
+    sources: Sources
+    scale: Any
+    bias: Any
 
 
 def consumers(head_dim: int) -> int:
@@ -80,48 +98,23 @@ def attention(
     fmt = cache.fmt
     batch, heads, rows, d = q.x.shape
     tile, number = tile_tokens(d), consumers(d)
-    planes = [x.reshape(*x.shape[:2], -1, 128) for x in (*cache.k_planes, *cache.v_planes)]
-    pages = max(1, tile // fmt.page_size)
-    parts = max(1, fmt.page_size // tile)  # tiles that a page is cut into
-    counts = [len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits)]
-    key_planes = counts[0]
-    lines = [x.shape[2] * pages for x in planes]
-    lines = [n // parts if i < key_planes else n for i, n in enumerate(lines)]
-    stages, code_stages = _stages(d, tile, 128 * sum(lines) + 4 * tile)
-    vectors = [q.scale] if q.bias is None else [q.scale, q.bias]
-    tables = np.concatenate([levels.tables(fmt.key_bits), levels.tables(fmt.value_bits)])
     # Each consumer has `tile` columns of 32 bits, of which P, in 16 bits, fills the first half.
     scores_then_p = plgpu.RefUnion(
         plgpu.TMEM((ROWS, number * tile), jnp.float32),
         plgpu.TMEM((ROWS, 2 * number * tile), jnp.float16, packed=True),
     )
+    options = Options(fmt, group, soft_cap, sliding_window, interpret)
+    tiles, barriers = prefill_block.scratch(cache, block_rows(d), number)
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            fmt=fmt,
-            group=group,
-            vectors=len(vectors),
-            stages=stages,
-            code_stages=code_stages,
-            soft_cap=soft_cap,
-            sliding_window=sliding_window,
-            interpret=interpret,
-        ),
+        functools.partial(_kernel, options),
         out_type=jax.ShapeDtypeStruct(q.x.shape, jnp.float16),
         scratch_types=(
             smem((number, ROWS, d), jnp.float16),
-            smem((stages, tile, d), jnp.float16),
-            smem((stages, d, tile), jnp.float16),
-            tuple(plgpu.SMEM((code_stages, n, 128), jnp.uint8) for n in lines),
-            tuple(plgpu.SMEM((code_stages, tile), jnp.float16) for _ in range(2)),
+            tiles,
             scores_then_p,
             plgpu.TMEM((ROWS, number * d), jnp.float32),
             plgpu.Barrier(num_barriers=number),
-            *(plgpu.Barrier(num_arrivals=pages * n + 1, num_barriers=code_stages) for n in counts),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=number, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=number, num_barriers=stages),
+            barriers,
             plgpu.Barrier(num_barriers=number, orders_tensor_core=True),
             plgpu.Barrier(num_barriers=number, orders_tensor_core=True),
         ),
@@ -135,72 +128,53 @@ def attention(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     return kernel(
-        keys.lengths,
-        keys.base,
-        cache.page_table,
-        jnp.asarray(tables),
-        q.place,
-        q.x,
-        keys.k,
-        keys.v,
-        keys.k_scale,
-        keys.v_scale,
-        *planes,
-        *vectors,
+        Inputs(
+            keys.lengths,
+            keys.base,
+            cache.page_table,
+            prefill_block.tables(fmt),
+            q.place,
+            q.x,
+            prefill_block.sources(keys, cache),
+            q.scale,
+            q.bias,
+        )
     )
 
 
-def _stages(d: int, tile: int, code_bytes: int) -> tuple[int, int]:
-    """Tiles, and tiles of codes, that fit into shared memory."""
-    for stages, code_stages in ((2, 2), (2, 1), (1, 1)):
-        used = 2 * block_rows(d) * d + 4 * stages * tile * d + code_stages * code_bytes
-        if used <= _SHARED_MEMORY:
-            return stages, code_stages
-    raise NotImplementedError(f'a tile of {code_bytes} bytes of codes does not fit; use "xla"')
-
-
 def _kernel(
-    lengths,
-    base,
-    table,
-    tables,
-    place,
-    q,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    *refs,
-    fmt,
-    group,
-    vectors,
-    stages,
-    code_stages,
-    soft_cap,
-    sliding_window,
-    interpret,
+    options: Options,
+    given: Inputs,
+    out,
+    q_s,
+    tiles: Tiles,
+    scores_then_p,
+    o_t,
+    q_ready,
+    barriers: Barriers,
+    scored,
+    added,
 ):
-    number = len(plane_bits(fmt.key_bits)) + len(plane_bits(fmt.value_bits))
-    planes, refs = refs[:number], refs[number:]
-    vectors, refs = refs[:vectors], refs[vectors:]
-    out, q_s, k_s, v_s, codes, scales, scores_then_p, o_t, *barriers = refs
-    q_ready, *codes_ready, k_ready, v_ready, k_read, v_read, scored, added = barriers
+    fmt, interpret = options.fmt, options.interpret
+    soft_cap, sliding_window = options.soft_cap, options.sliding_window
+    (k_s, v_s), (k_ready, v_ready), (k_read, v_read) = tiles.tiles, barriers.ready, barriers.read
+    lengths, base = given.lengths, given.base
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
-    tile, d = k_s.shape[1:]
+    stages, tile, d = k_s.shape
     rows, count = block_rows(d), consumers(d)
     # The longest blocks first.
-    block = q.shape[2] // rows - 1 - block
+    block = given.q.shape[2] // rows - 1 - block
 
     # The tiles that this block attends to, of its first query and its last one.
     packed = base[batch] // tile
     ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
     start = jnp.int32(0)
-    newest = ahead + (block * rows + rows - 1) // group
-    end = packed + jnp.minimum(newest // tile, k.shape[2] // tile - 1) + 1
-    whole = packed + (ahead + block * rows // group + 1) // tile  # from here on masked
+    newest = ahead + (block * rows + rows - 1) // options.group
+    end = packed + jnp.minimum(newest // tile, given.sources.k.shape[2] // tile - 1) + 1
+    whole = packed + (ahead + block * rows // options.group + 1) // tile  # from here on masked
     if sliding_window is not None:
-        oldest = lengths[batch] + block * rows // group + 1 - sliding_window
+        oldest = lengths[batch] + block * rows // options.group + 1 - sliding_window
         start = jnp.maximum(oldest - fmt.sinks, 0) // tile
         whole = start
 
@@ -208,20 +182,10 @@ def _kernel(
         return lax.rem(i - start, stages)
 
     def produce():
-        sides = both_sides(
-            fmt,
-            tables,
-            [plane.at[:, head] for plane in planes],
-            codes,
-            (k_scale.at[batch, head], v_scale.at[batch, head]),
-            (k.at[batch, head], v.at[batch, head]),
-            scales,
-            codes_ready,
-            (k_s, v_s),
-            (k_ready, v_ready),
-            (k_read, v_read),
+        sides = prefill_block.sides(
+            fmt, given.tables, given.sources, tiles, barriers, (batch, head)
         )
-        produce_tiles(fmt, table.at[batch], (start, packed, end), sides, interpret)
+        produce_tiles(fmt, given.table.at[batch], (start, packed, end), sides, interpret)
 
     def consume(number):
         here = pl.ds(block * rows + number * ROWS, ROWS)
@@ -230,9 +194,12 @@ def _kernel(
             ref.at[:, pl.ds(number * (ref.shape[1] // count), tile)] for ref in scores_then_p
         )
         parts = range(0, tile, _COLUMNS)
-        plgpu.copy_gmem_to_smem(q.at[batch, head, here], q_here, q_ready.at[number])
-        scale, *bias = (_load_rows(x.at[batch, head, here], interpret) for x in vectors)
-        position = _load_rows(place.at[here], interpret) + lengths[batch].astype(jnp.float32)
+        plgpu.copy_gmem_to_smem(given.q.at[batch, head, here], q_here, q_ready.at[number])
+        scale, bias = (
+            x if x is None else _load_rows(x.at[batch, head, here], interpret)
+            for x in (given.scale, given.bias)
+        )
+        position = _load_rows(given.place.at[here], interpret) + lengths[batch].astype(jnp.float32)
         plgpu.async_store_tmem(o, full((ROWS, d), 0.0, LAYOUT))
         plgpu.commit_tmem()
         plgpu.barrier_wait(q_ready.at[number])
@@ -260,8 +227,8 @@ def _kernel(
             seen = jnp.minimum(after, 0.0)
             if sliding_window is not None:
                 is_packed, sinks, first = rest
-                place = column % _PART
-                ordered = levels.code_of_slot(fmt.value_bits, _PART, place) - place + fmt.sinks
+                place = column % PART
+                ordered = levels.code_of_slot(fmt.value_bits, PART, place) - place + fmt.sinks
                 after = after - is_packed * (ordered.astype(jnp.float32) * unit)
                 is_sink = sinks * unit - column.astype(jnp.float32) * unit
                 after = after + jnp.minimum(jnp.maximum(is_sink, 0.0), unit) * first
@@ -271,8 +238,8 @@ def _kernel(
         def scores(part, places, unit=1.0):
             s = blackwell.load_tmem(s_t.at[:, part : part + _COLUMNS], interpret)
             s = s * along_rows(scale, _COLUMNS)
-            if bias:
-                s = s + along_rows(bias[0], _COLUMNS)
+            if bias is not None:
+                s = s + along_rows(bias, _COLUMNS)
             if soft_cap is not None:
                 s = capped(s, soft_cap)
             return s + hidden(part, places, unit) if places else s
@@ -293,9 +260,9 @@ def _kernel(
 
             def rescale(total, largest):
                 down = jnp.exp2(largest - top)
-                for column in range(0, d, _PART):
-                    part = o.at[:, column : column + _PART]
-                    x = blackwell.load_tmem(part, interpret) * along_rows(down, _PART)
+                for column in range(0, d, PART):
+                    part = o.at[:, column : column + PART]
+                    x = blackwell.load_tmem(part, interpret) * along_rows(down, PART)
                     plgpu.wait_load_tmem()
                     plgpu.async_store_tmem(part, x)
                 return total * down, top
@@ -322,14 +289,14 @@ def _kernel(
             state = lax.fori_loop(start, whole_end, functools.partial(step, masked=False), state)
         total, _ = lax.fori_loop(whole_end, end, functools.partial(step, masked=True), state)
         # Through tensor memory again: there its layout changes to one that is stored in lines.
-        for column in range(0, d, _PART):
-            part = o.at[:, column : column + _PART]
-            x = blackwell.load_tmem(part, interpret) * along_rows(1 / total, _PART)
+        for column in range(0, d, PART):
+            part = o.at[:, column : column + PART]
+            x = blackwell.load_tmem(part, interpret) * along_rows(1 / total, PART)
             plgpu.wait_load_tmem()
             plgpu.async_store_tmem(part, x)
             plgpu.commit_tmem()
             x = plgpu.async_load_tmem(part).astype(jnp.float16)
-            q_here.at[:, column : column + _PART][...] = x
+            q_here.at[:, column : column + PART][...] = x
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_here, out.at[batch, head, here])
         plgpu.wait_smem_to_gmem(0)
