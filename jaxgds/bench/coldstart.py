@@ -174,8 +174,10 @@ def table(found: Mapping[str, Any]) -> str:
         "both: from when loading and compiling began together until both were done",
     ]
     for row in good:
-        parts = ", ".join(f"{part} {x:.2f}" for part, x in row["compile_seconds"].items())
-        lines.append(f"compile, {row['name']}: {parts}")
+        if parts := row.get("compile_seconds"):  # older runs lack it
+            lines.append(
+                f"compile, {row['name']}: " + ", ".join(f"{p} {x:.2f}" for p, x in parts.items())
+            )
     lines += [f"{r['name']}: {r['error']}" for r in found["results"] if "error" in r]
     for row in good:
         s = row["seconds"]
