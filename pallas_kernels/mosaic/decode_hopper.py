@@ -134,9 +134,9 @@ def _kernel(
     def pages_of(i):
         if pages_at_once == 1:
             return (given.table[batch, i],)
-        # Beyond the last page it again, whose tokens are masked.
+        # Beyond the last page it again, whose tokens are masked; of no page the table's first.
         return tuple(
-            given.table[batch, jnp.minimum(i * pages_at_once + j, this.pages - 1)]
+            given.table[batch, jnp.maximum(jnp.minimum(i * pages_at_once + j, this.pages - 1), 0)]
             for j in range(pages_at_once)
         )
 
