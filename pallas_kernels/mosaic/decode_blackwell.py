@@ -165,15 +165,7 @@ def _kernel(
     this = block(options, given, tiles, ready)
     batch, head, split, first, last = this.batch, this.head, this.split, this.first, this.last
 
-    def pages_of(i):
-        # Beyond the last page it again, whose tokens are masked.
-        at_once = ROWS // fmt.page_size
-        return tuple(
-            given.table[batch, jnp.maximum(jnp.minimum(i * at_once + j, this.pages - 1), 0)]
-            for j in range(at_once)
-        )
-
-    this.start(pages_of, q_parts, q_ready)
+    this.start(q_parts, q_ready)
     q_scale = exact.rotate_queries(
         given.rotation,
         q_parts,
@@ -262,7 +254,7 @@ def _kernel(
         def _():
             this.fetch(ahead, slot)
 
-        ahead = pages_of(jnp.minimum(i + stages + 1, last - 1))
+        ahead = this.pages_of(jnp.minimum(i + stages + 1, last - 1))
 
         def adapt(total, shift, per_unit, p):
             del p
@@ -293,7 +285,7 @@ def _kernel(
         slot = jnp.where(slot + 1 == stages, 0, slot + 1)
         return (total + p, shift, per_unit), ahead, slot
 
-    ahead = pages_of(jnp.minimum(first + stages, last - 1))
+    ahead = this.pages_of(jnp.maximum(jnp.minimum(first + stages, last - 1), 0))
     state = (
         full((ROWS, rows), 0.0, LAYOUT),
         full((rows,), LOWEST, LAYOUT.reduce(0)),

@@ -25,6 +25,7 @@ from pallas_kernels.mosaic.exact import LOWEST, TILE, capped
 from pallas_kernels.mosaic.tiles import (
     along_columns,
     along_rows,
+    lines,
     rotation_matrix,
     store_result,
     store_row,
@@ -78,7 +79,7 @@ class Inputs(NamedTuple):
 
     lengths: Any
     table: Any
-    tables: Any  # the words of `levels.tables`, of keys and then of values
+    tables: Any  # `levels.both_tables`
     rotation: Any  # of queries, times the root of head_dim
     q: tuple
     pool: Pages
@@ -88,12 +89,7 @@ class Inputs(NamedTuple):
 
 
 def pool(cache: KVCache) -> Pages:
-    """A page's rows as lines of 128 bytes, as TMA likes them (the rows may be 8 bytes short)."""
-    k, v = (
-        tuple(x.reshape(*x.shape[:2], -1, 128) for x in planes)
-        for planes in (cache.k_planes, cache.v_planes)
-    )
-    return Pages(k, cache.k_scale, v, cache.v_scale)
+    return Pages(lines(cache.k_planes), cache.k_scale, lines(cache.v_planes), cache.v_scale)
 
 
 def fetched(cache: KVCache, stages: int, at_once: int) -> tuple[Pages, int]:
@@ -128,7 +124,6 @@ def launch(
     """
     fmt = cache.fmt
     batch, heads, rows, d = q_parts[0].shape
-    tables = np.concatenate([levels.tables(fmt.key_bits), levels.tables(fmt.value_bits)])
     rotation = np.sqrt(d) * rotation_matrix(d, fmt.seed).T[order]
     return plgpu.kernel(
         functools.partial(kernel, options),
@@ -145,7 +140,7 @@ def launch(
         Inputs(
             cache.lengths,
             cache.page_table,
-            jnp.asarray(tables),
+            levels.both_tables(fmt),
             jnp.asarray(np.round(rotation), jnp.bfloat16),
             q_parts,
             pool(cache),
@@ -177,15 +172,25 @@ class Block:
     first: Any
     last: Any
 
-    def start(self, pages_of, q_parts, q_ready):
-        """Brings the queries to q_parts, and starts the first fetches. pages_of: of a fetch."""
+    def pages_of(self, i):
+        """The pages of fetch i; beyond the last page it again, whose tokens are masked."""
+        count = self.options.at_once // self.options.fmt.page_size
+        if count == 1:
+            return (self.given.table[self.batch, i],)
+        last = jnp.maximum(self.pages - 1, 0)
+        return tuple(
+            self.given.table[self.batch, jnp.minimum(i * count + j, last)] for j in range(count)
+        )
+
+    def start(self, q_parts, q_ready):
+        """Brings the queries to q_parts, and starts the first fetches."""
         for part, part_s in zip(self.given.q, q_parts, strict=True):
             plgpu.copy_gmem_to_smem(part.at[self.batch, self.head], part_s, q_ready)
         for slot in range(self.options.stages):
 
             @pl.when(self.first + slot < self.last)
             def _(slot=slot):
-                self.fetch(pages_of(self.first + slot), slot)
+                self.fetch(self.pages_of(self.first + slot), slot)
 
         plgpu.barrier_wait(q_ready)
 

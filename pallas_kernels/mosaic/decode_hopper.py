@@ -131,16 +131,7 @@ def _kernel(
     batch, head, split, first, last = this.batch, this.head, this.split, this.first, this.last
     pages_at_once, tiles_at_once = max(1, TILE // fmt.page_size), max(1, fmt.page_size // TILE)
 
-    def pages_of(i):
-        if pages_at_once == 1:
-            return (given.table[batch, i],)
-        # Beyond the last page it again, whose tokens are masked; of no page the table's first.
-        return tuple(
-            given.table[batch, jnp.maximum(jnp.minimum(i * pages_at_once + j, this.pages - 1), 0)]
-            for j in range(pages_at_once)
-        )
-
-    this.start(pages_of, q_parts, q_ready)
+    this.start(q_parts, q_ready)
     q_scale = exact.rotate_queries(
         given.rotation,
         q_parts,
@@ -233,7 +224,7 @@ def _kernel(
             def _():
                 this.fetch(ahead, slot)
 
-            return pages_of(jnp.minimum(i + stages + 1, last - 1))
+            return this.pages_of(jnp.minimum(i + stages + 1, last - 1))
 
         for part in range(tiles_at_once - 1):
             state, _ = tile_step(i, part, slot, state, lambda: None)
@@ -247,7 +238,7 @@ def _kernel(
         full((rows,), LOWEST, plgpu.Layout.WGMMA.reduce(0)),
         jnp.float32(1),
     )
-    ahead = pages_of(jnp.maximum(jnp.minimum(first + stages, last - 1), 0))
+    ahead = this.pages_of(jnp.maximum(jnp.minimum(first + stages, last - 1), 0))
     state = lax.fori_loop(first, last, step, (state, ahead, 0))[0]
     acc, total, shift, per_unit = state
     total = column(jnp.sum(total, axis=0))

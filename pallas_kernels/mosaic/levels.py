@@ -16,8 +16,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array
 
 from pallas_kernels import codebook, packing
+from pallas_kernels.format import KVFormat
 
 
 inline: Any = plgpu.inline_mgpu  # jax types it as the undecorated function
@@ -69,6 +71,11 @@ def tables(bits: int) -> np.ndarray:
     levels = codebook.magnitudes(bits)
     both = levels if bits == 4 else np.resize(np.concatenate([levels, -levels]), 8)
     return both.astype(jnp.float8_e4m3fn).view(np.int32)
+
+
+def both_tables(fmt: KVFormat) -> Array:
+    """`tables` of keys, then of values."""
+    return jnp.asarray(np.concatenate([tables(fmt.key_bits), tables(fmt.value_bits)]))
 
 
 def load_levels(

@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
     lengths: Any
     base: Any
     table: Any
-    tables: Any  # `prefill_block.tables`
+    tables: Any  # `levels.both_tables`
     place: Any  # this and what follows: of `Queries` and `Keys`
     q: Any
     sources: Sources
@@ -132,7 +132,7 @@ def attention(
             keys.lengths,
             keys.base,
             cache.page_table,
-            prefill_block.tables(fmt),
+            levels.both_tables(fmt),
             q.place,
             q.x,
             prefill_block.sources(keys, cache),

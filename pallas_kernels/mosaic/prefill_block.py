@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float16, Int32
 
 from pallas_kernels.cache import KVCache
 from pallas_kernels.format import KVFormat
-from pallas_kernels.mosaic import levels
 from pallas_kernels.mosaic.prefill_tiles import Side, both_sides
-from pallas_kernels.mosaic.tiles import smem
+from pallas_kernels.mosaic.tiles import lines, smem
 from pallas_kernels.packing import plane_bits
 
 
@@ -84,12 +82,8 @@ class Barriers(NamedTuple):
 
 
 def sources(keys: Keys, cache: KVCache) -> Sources:
-    planes = (x.reshape(*x.shape[:2], -1, 128) for x in (*cache.k_planes, *cache.v_planes))
-    return Sources(keys.k, keys.v, keys.k_scale, keys.v_scale, tuple(planes))
-
-
-def tables(fmt: KVFormat) -> Array:
-    return jnp.asarray(np.concatenate([levels.tables(fmt.key_bits), levels.tables(fmt.value_bits)]))
+    planes = lines((*cache.k_planes, *cache.v_planes))
+    return Sources(keys.k, keys.v, keys.k_scale, keys.v_scale, planes)
 
 
 def scratch(cache: KVCache, rows: int, consumers: int) -> tuple[Tiles, Barriers]:
@@ -99,13 +93,13 @@ def scratch(cache: KVCache, rows: int, consumers: int) -> tuple[Tiles, Barriers]
     pages = max(1, tile // fmt.page_size)
     parts = max(1, fmt.page_size // tile)  # tiles that a page is cut into
     counts = [len(plane_bits(bits)) for bits in (fmt.key_bits, fmt.value_bits)]
-    lines = [math.prod(x.shape[2:]) // 128 * pages for x in (*cache.k_planes, *cache.v_planes)]
-    lines = [n // parts if i < counts[0] else n for i, n in enumerate(lines)]
-    stages, code_stages = _stages(d, rows, tile, 128 * sum(lines) + 4 * tile)
+    heights = [math.prod(x.shape[2:]) // 128 * pages for x in (*cache.k_planes, *cache.v_planes)]
+    heights = [n // parts if i < counts[0] else n for i, n in enumerate(heights)]
+    stages, code_stages = _stages(d, rows, tile, 128 * sum(heights) + 4 * tile)
     return (
         Tiles(
             (smem((stages, tile, d), jnp.float16), smem((stages, d, tile), jnp.float16)),
-            tuple(plgpu.SMEM((code_stages, n, 128), jnp.uint8) for n in lines),
+            tuple(plgpu.SMEM((code_stages, n, 128), jnp.uint8) for n in heights),
             tuple(plgpu.SMEM((code_stages, tile), jnp.float16) for _ in range(2)),
         ),
         Barriers(

@@ -94,7 +94,7 @@ def attention(
             cache.page_table,
             units[0] * np.float32(factor / root),
             out_scale,
-            prefill_block.tables(fmt),
+            levels.both_tables(fmt),
             jnp.asarray(columns),
             jnp.asarray(np.round(rotations), jnp.float16),
             jnp.arange(new, dtype=jnp.float32),

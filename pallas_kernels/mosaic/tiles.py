@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from functools import cache as memoize
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxtyping import Array
 
 from pallas_kernels import rotation as rotations
 from pallas_kernels.mosaic import levels
@@ -29,6 +31,11 @@ def rotation_matrix(head_dim: int, seed: int) -> np.ndarray:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
     signs = rotations.signs(head_dim, seed)[:, None]
     return (signs * hadamard / math.sqrt(head_dim)).astype(np.float32)
+
+
+def lines(planes: Iterable[Array]) -> tuple[Array, ...]:
+    """Pages' rows as lines of 128 bytes, as TMA likes them (the rows may be 8 bytes short)."""
+    return tuple(x.reshape(*x.shape[:2], -1, 128) for x in planes)
 
 
 def smem(shape, dtype):
