@@ -78,10 +78,7 @@ def attend(
     window: each token attends only to so many of the newest, itself included.
     """
     if isinstance(cache, pk.KVCache):
-        if q.shape[1] == 1:
-            cache = cache.append(k, v)
-            return pk.decode_attention(q[:, 0], cache, sliding_window=window)[:, None], cache
-        return pk.prefill_attention(q, k, v, cache, sliding_window=window), cache.append(k, v)
+        return pk.attend(q, k, v, cache, sliding_window=window)
     cache = cache.append(k, v)
     last = cache.lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])
     ago = last[:, None, :, None] - jnp.arange(cache.k.shape[1])

@@ -47,10 +47,7 @@ def attend(
     """Causal attention of new tokens, `counts` of them valid, and the longer cache."""
 
     def of_own_heads(q, k, v, cache, counts):
-        if q.shape[1] == 1:
-            cache = cache.append(k, v, counts)
-            return pk.decode_attention(q[:, 0], cache)[:, None], cache
-        return pk.prefill_attention(q, k, v, cache, lengths=counts), cache.append(k, v, counts)
+        return pk.attend(q, k, v, cache, lengths=counts)
 
     heads, where = P(None, None, "tp"), specs(cache)
     return jax.shard_map(

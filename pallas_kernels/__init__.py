@@ -1,5 +1,6 @@
 """TurboQuant KV-cache compression for JAX: codec, cache and attention over the packed codes."""
 
+from pallas_kernels.attention import attend as attend
 from pallas_kernels.attention import decode_attention as decode_attention
 from pallas_kernels.attention import prefill_attention as prefill_attention
 from pallas_kernels.cache import KVCache as KVCache

@@ -1,4 +1,4 @@
-"""decode_attention and prefill_attention: validation, and the choice of an implementation."""
+"""attend, decode_attention and prefill_attention: validation, the choice of an implementation."""
 
 import math
 from typing import Literal
@@ -13,6 +13,36 @@ from pallas_kernels.cache import KVCache, valid_counts
 
 
 type Implementation = Literal["xla", "mosaic_gpu"]
+
+
+def attend(
+    q: Float[Array, "batch new q_heads head_dim"],
+    k: Float[Array, "batch new kv_heads head_dim"],
+    v: Float[Array, "batch new kv_heads head_dim"],
+    cache: KVCache,
+    scale: float | None = None,
+    lengths: Int32[Array, " batch"] | None = None,
+    implementation: Implementation | None = None,
+    *,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[Float[Array, "batch new q_heads head_dim"], KVCache]:
+    """Attention of new tokens over the cache and themselves, and the cache with them appended.
+
+    What a layer of a model calls. One token a sequence is appended, then attends
+    (`decode_attention`); of a chunk (`prefill_attention`) the attention comes first, for XLA too:
+    left to itself inside `jax.jit`, it copies the whole cache, to append to the copy meanwhile.
+    Donate the cache, and it is updated in place. Arguments and errors are those of the two.
+    """
+    options = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    _check_chunk(q, k, v, cache)
+    if q.shape[1] == 1:
+        cache = cache.append(k, v, lengths, implementation)
+        return decode_attention(q[:, 0], cache, scale, implementation, **options)[:, None], cache
+    out = prefill_attention(q, k, v, cache, scale, lengths, implementation, **options)
+    if _traced(out, cache):
+        out, cache = jax.lax.optimization_barrier((out, cache))
+    return out, cache.append(k, v, lengths, implementation)
 
 
 def decode_attention(
@@ -36,7 +66,8 @@ def decode_attention(
     Raises ValueError for arguments that do not fit, NotImplementedError (with the reason) where
     "mosaic_gpu" cannot run: on this device, or with so many queries a KV head.
     """
-    _check("q [batch, q_heads, head_dim]", q, 3, cache, implementation, soft_cap, sliding_window)
+    _check_queries("q [batch, q_heads, head_dim]", q, 3, cache)
+    _check_options(implementation, soft_cap, sliding_window)
 
     def plain(q, cache):
         oldest = None if sliding_window is None else cache.lengths[:, None] - sliding_window
@@ -73,16 +104,13 @@ def prefill_attention(
 ) -> Float[Array, "batch new q_heads head_dim"]:
     """Attention of a chunk of new tokens, over the whole cache and causally over the chunk.
 
-    The chunk is appended afterwards (`cache.append(k, v, lengths)`). lengths: how many of its
-    tokens are valid, from the front, default all; the others give zeros. k and v are rounded to
-    bf16, as the cache stores them. sliding_window counts the query's own token. Otherwise as
-    `decode_attention`, but that the kernel is for any number of query heads.
+    The chunk is appended afterwards (`cache.append(k, v, lengths)`; `attend` does both). lengths:
+    how many of its tokens are valid, from the front, default all; the others give zeros. k and v
+    are rounded to bf16, as the cache stores them. sliding_window counts the query's own token.
+    Otherwise as `decode_attention`, but that the kernel is for any number of query heads.
     """
-    name = "q [batch, new, q_heads, head_dim]"
-    _check(name, q, 4, cache, implementation, soft_cap, sliding_window)
-    cache.check_new(k, v)
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(f"{q.shape=} and {k.shape=} differ in the number of new tokens")
+    _check_chunk(q, k, v, cache)
+    _check_options(implementation, soft_cap, sliding_window)
     count = None if lengths is None else valid_counts(lengths, k)
 
     def plain(q, k, v, cache, count):
@@ -128,21 +156,23 @@ def _choose(implementation: str | None, plain, kernel, q: Array, *rest, able=lam
         return kernel(q, *rest)
     if implementation == "xla" or device.compute_capability(q) != "9.0" or not able():
         return plain(q, *rest)
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((q, *rest)))
-    if traced:  # where it will run is certain only once it is lowered
+    if _traced(q, *rest):  # where it will run is certain only once it is lowered
         return jax.lax.platform_dependent(q, *rest, cuda=kernel, default=plain)
     return kernel(q, *rest)
 
 
-def _check(
-    name: str,
-    q: Array,
-    ndim: int,
-    cache: KVCache,
-    implementation: str | None,
-    soft_cap: float | None,
-    sliding_window: int | None,
-) -> None:
+def _traced(*trees: object) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
+
+
+def _check_chunk(q: Array, k: Array, v: Array, cache: KVCache) -> None:
+    _check_queries("q [batch, new, q_heads, head_dim]", q, 4, cache)
+    cache.check_new(k, v)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"{q.shape=} and {k.shape=} differ in the number of new tokens")
+
+
+def _check_queries(name: str, q: Array, ndim: int, cache: KVCache) -> None:
     batch, kv_heads, _, head_dim = cache.recent_k.shape
     if q.ndim != ndim or (q.shape[0], q.shape[-1]) != (batch, head_dim):
         raise ValueError(f"{name} has {q.shape=}, but the cache has {batch=}, {head_dim=}")
@@ -150,6 +180,11 @@ def _check(
         raise ValueError(f"{name} has {q.shape=}: q_heads is not a multiple of {kv_heads=}")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"{q.dtype=} is not a floating-point type")
+
+
+def _check_options(
+    implementation: str | None, soft_cap: float | None, sliding_window: int | None
+) -> None:
     if implementation not in (None, "xla", "mosaic_gpu"):
         raise ValueError(f'{implementation=} is not "xla", "mosaic_gpu" or None')
     if soft_cap is not None and not soft_cap > 0:

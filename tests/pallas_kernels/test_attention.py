@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,24 @@ def test_append_and_decode_in_a_scan_with_donation_equal_eager_calls():
     np.testing.assert_allclose(scanned, eager, rtol=2**-7, atol=1e-4)
 
 
+@pytest.mark.parametrize("new", [1, 5])
+def test_attend_equals_append_and_attention(new):
+    q, k, v = (jnp.asarray(normal(2, new, h, 64, seed=h), jnp.bfloat16) for h in (4, 2, 2))
+    cache = filled(SMALL, 2, 64, lengths=(100, 60), room=new)
+    lengths = jnp.array([new, new - 1])
+    options = {"soft_cap": 20.0, "sliding_window": 70}
+    longer = cache.append(k, v, lengths)
+    if new == 1:
+        expected = pk.decode_attention(q[:, 0], longer, 0.3, **options)[:, None]
+    else:
+        expected = pk.prefill_attention(q, k, v, cache, 0.3, lengths, **options)
+    attend = partial(pk.attend, **options)
+    for run in (attend, jax.jit(attend, static_argnums=4)):
+        out, after = run(q, k, v, cache, 0.3, lengths)
+        np.testing.assert_allclose(out, expected, rtol=2**-7, atol=1e-3)
+        jax.tree.map(np.testing.assert_array_equal, after, longer)
+
+
 def test_works_in_64_bits_with_strict_promotion():
     def outputs():
         cache = filled(SMALL, 2, 64, lengths=(100, 60))
@@ -190,6 +209,19 @@ def test_memory_of_decode_does_not_grow_with_the_cache():
     assert temporary(1 << 17) < 1.1 * temporary(1 << 12)
 
 
+@pytest.mark.parametrize("new", [1, 16])
+def test_attend_appends_in_place_to_a_donated_cache(new):
+    def temporary(max_len):
+        cache = jax.eval_shape(lambda: pk.KVCache.create(pk.KVFormat(), 1, max_len, 1, 64))
+        q, k = (jax.ShapeDtypeStruct((1, new, heads, 64), jnp.bfloat16) for heads in (4, 1))
+        compiled = jax.jit(pk.attend, donate_argnums=3).lower(q, k, k, cache).compile()
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert temporary(1 << 17) < 1.1 * temporary(1 << 12)
+
+
 def zeros(*shape):
     return jnp.zeros(shape)
 
@@ -210,6 +242,7 @@ def keys(*shape) -> tuple[jax.Array, jax.Array]:
             lambda c: pk.prefill_attention(zeros(2, 3, 4, 64), *keys(2, 5, 2, 64), c),
             "number of new tokens",
         ),
+        (lambda c: pk.attend(zeros(2, 1, 4, 64), *keys(2, 5, 2, 64), c), "number of new tokens"),
         (
             lambda c: pk.prefill_attention(zeros(2, 3, 4, 64), *keys(2, 3, 1, 64), c),
             "kv_heads=2",

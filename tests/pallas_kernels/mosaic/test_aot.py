@@ -169,4 +169,5 @@ def test_compiles_to(folder, case):
     code = "".join(dumps("sass_ctrl"))
     assert "LDL" not in code  # loads of what was spilled
     assert [name for name in case.instructions if name not in code] == []
+    assert (out / "copies").read_text() == "0"
     assert case.launches is None or (out / "launches").read_text() == str(case.launches)
