@@ -19,7 +19,7 @@ help:
 	@echo 'make demo      restore a checkpoint, chat with a 4-bit KV cache, measure its perplexity'
 	@echo 'make test      the tests that need no GPU'
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
-	@echo 'make test-aot  compile the GPU kernels without a GPU and check the machine code (1.5 GB)'
+	@echo 'make test-aot  compile what runs on GPUs without one and check the result (1.5 GB)'
 	@echo 'make sanitize  the Hopper kernels under compute-sanitizer: bad accesses and races'
 	@echo 'make lint      ruff and pyright'
 	@echo 'make clean     remove .venv, the downloads and the caches'
@@ -34,7 +34,7 @@ test-gpu: $(for_dev)
 	$(bin)/python -m pytest -m gpu
 
 test-aot: .venv-aot/installed-aot
-	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic
+	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic tests/jaxgds/test_arrays_aot.py
 
 sanitize: $(for_dev)
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \

@@ -12,8 +12,8 @@ import itertools
 import math
 import mmap
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from jaxgds.engines import Buffer
 from jaxgds.scatter import Destination
@@ -31,9 +31,10 @@ from jaxgds.zarr import Layout
 
 # Results per program: more take longer to compile than to read into.
 MAX_RESULTS = 64
+MAX_ALIKE = 16  # of them with one shape and dtype
 
 type _Spec = tuple[tuple[int, ...], np.dtype]
-type _Call = dict[_Spec, list[int]]  # spec -> destinations, on different devices
+type _Call = list[tuple[_Spec, list[int]]]  # each with its destinations, on different devices
 _BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
 
 
@@ -58,7 +59,7 @@ class Allocation:
         for number, call in enumerate(self._calls):
             done: Future[dict[int, jax.Array]] = Future()
             self._done.append(done)
-            for i in itertools.chain.from_iterable(call.values()):
+            for i in itertools.chain.from_iterable(batch for _, batch in call):
                 self.order[i] = number
                 slots[i] = functools.partial(_pointer, done, i)
         self.buffers = [
@@ -90,9 +91,10 @@ class Allocation:
                     done.set_exception(e)
 
     def _allocate(self, call: "_Call") -> dict[int, jax.Array]:
-        (devices,) = {tuple(self.buffers[i].device for i in batch) for batch in call.values()}
+        (devices,) = {tuple(self.buffers[i].device for i in batch) for _, batch in call}
         arrays: dict[int, jax.Array] = {}
-        for batch, shards in zip(call.values(), _empty(tuple(call), devices)(), strict=True):
+        made = _empty(tuple(spec for spec, _ in call), devices)
+        for (_, batch), shards in zip(call, made, strict=True):
             arrays.update(zip(batch, shards, strict=True))
         jax.block_until_ready(list(arrays.values()))
         for i, array in arrays.items():
@@ -151,7 +153,6 @@ def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]
     Compiling a program is what allocation costs, almost whatever the number of its results. So
     specs of which equally many arrays are wanted share one program, called again and again; and the
     program with the most bytes comes first, for the others compile while those bytes are read.
-    A call has no spec twice on one device: XLA would merge them.
     """
     waiting: dict[_Spec, dict[jax.Device, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
@@ -160,60 +161,77 @@ def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]
     for spec, queues in waiting.items():
         together[tuple((device, len(queue)) for device, queue in queues.items())].append(spec)
     programs: list[tuple[int, list[_Call]]] = []
-    for alike in together.values():
+    for counts, alike in together.items():
         for some in itertools.batched(alike, MAX_RESULTS):
-            queues = [list(waiting[spec].values()) for spec in some]
+            most = min(MAX_ALIKE, MAX_RESULTS // len(some))
             calls = [
-                {
-                    spec: [q[k] for q in qs if k < len(q)]
-                    for spec, qs in zip(some, queues, strict=True)
-                }
-                for k in range(max(map(len, queues[0])))
+                [
+                    (spec, [queue[k] for queue in waiting[spec].values() if k < len(queue)])
+                    for k in turns
+                    for spec in some
+                ]
+                for turns in _turns([count for _, count in counts], most)
             ]
             programs.append((sum(map(_call_nbytes, calls)), calls))
     programs.sort(key=lambda program: -program[0])
     return [call for _, calls in programs for call in calls]
 
 
+def _turns(counts: Sequence[int], most: int) -> Iterator[range]:
+    """Splits range(max(counts)) into evenly long parts, in each of which the same queues have all.
+
+    counts: how many each queue holds. most: per part.
+    """
+    start = 0
+    for stop in sorted(set(counts)):
+        parts = -(-(stop - start) // most)
+        step = -(-(stop - start) // parts)
+        for at in range(start, stop, step):
+            yield range(at, min(at + step, stop))
+        start = stop
+
+
 def _call_nbytes(call: _Call) -> int:
-    return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call.items())
+    return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call)
+
+
+def _empty(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> list[list[jax.Array]]:
+    """Per spec, one uninitialised array on each of `devices`."""
+    # A mesh needs an axis to shard; scalars are not worth a program.
+    sized = tuple((shape, dtype) for shape, dtype in specs if shape)
+    results = iter(empty_program(sized, devices)() if sized else ())
+    return [_shards(next(results), devices) if s else _scalars(t, devices) for s, t in specs]
 
 
 @functools.lru_cache(maxsize=4096)
-def _empty(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]):
-    """A function that returns, per spec, one uninitialised array on each of `devices`.
+def empty_program(
+    specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]
+) -> Callable[[], list[jax.Array]]:
+    """A jitted function: per spec, an array of which each device has one uninitialised shard.
 
-    One program for all devices. On CPU `lax.empty` is a fill with zeros, so there the
-    output of a callback that does nothing is used.
+    On CPU `lax.empty` is a fill with zeros, so there the output of a callback that does nothing is
+    used. XLA would merge two `lax.empty` of one shape: they differ in trailing axes of size 1.
     """
+
+    def fill() -> list[jax.Array]:
+        seen: Counter[_Spec] = Counter()
+        made = []
+        for shape, dtype in specs:
+            seen[shape, dtype] += 1
+            ones = (1,) * (seen[shape, dtype] - 1)
+            made.append(lax.empty((*shape, *ones), jnp.dtype(dtype)).reshape(shape))
+        return made
+
+    if devices[0].platform == "cpu":
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]
+        fill = buffer_callback(lambda ctx, out: None, shapes, has_side_effect=True)
     mesh = Mesh(np.array(devices), ("device",))
     spec = PartitionSpec("device")
-    # A mesh needs an axis to shard; scalars are not worth a program.
-    sized = [(shape, dtype) for shape, dtype in specs if shape]
-    if devices[0].platform == "cpu":
-        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in sized]
-        fill = buffer_callback(lambda ctx, out: None, shapes, has_side_effect=True)
-        call = jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False))
-    else:
-        count = len(devices)
-        call = jax.jit(
-            lambda: [lax.empty((s[0] * count, *s[1:]), jnp.dtype(t)) for s, t in sized],
-            out_shardings=NamedSharding(mesh, spec),
-        )
-
-    def arrays() -> list[list[jax.Array]]:
-        results = iter(call() if sized else ())
-        return [
-            _on(next(results), devices) if shape else _scalars(dtype, devices)
-            for shape, dtype in specs
-        ]
-
-    return arrays
+    return jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False))
 
 
-def _on(array: jax.Array, devices: Sequence[jax.Device]) -> list[jax.Array]:
-    shards = {shard.device: shard.data for shard in array.addressable_shards}
-    return [shards[device] for device in devices]
+def _shards(array: jax.Array, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    return [array.addressable_data(i) for i in range(len(devices))]
 
 
 def _scalars(dtype: np.dtype, devices: Sequence[jax.Device]) -> list[jax.Array]:
@@ -226,5 +244,9 @@ def _huge_pages(pointer: int, nbytes: int) -> None:
     start = -(-pointer // page) * page
     size = (pointer + nbytes) // page * page - start
     if size >= 2 << 20:  # a hint: its failure changes nothing
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
