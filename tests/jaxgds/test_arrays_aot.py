@@ -34,4 +34,6 @@ def test_allocation_takes_no_other_memory_and_no_kernel(gpus, alike):
     entry = str(compiled.as_text()).partition("\nENTRY ")[2]
     assert set(re.findall(r" ([\w-]+)\(", entry)) <= {"custom-call", "bitcast", "tuple"}
     assert entry.count('custom_call_target="AllocateBuffer"') == len(specs)
-    assert compiled.memory_analysis().temp_size_in_bytes == 0
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes == 0
