@@ -204,9 +204,7 @@ def _empty(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> list[li
 
 
 @functools.lru_cache(maxsize=4096)
-def empty_program(
-    specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]
-) -> jax.stages.Wrapped:
+def empty_program(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> jax.stages.Wrapped:
     """A jitted function: per spec, an array of which each device has one uninitialised shard.
 
     On CPU `lax.empty` is a fill with zeros, so there the output of a callback that does nothing is

@@ -78,6 +78,30 @@ def both_tables(fmt: KVFormat) -> Array:
     return jnp.asarray(np.concatenate([tables(fmt.key_bits), tables(fmt.value_bits)]))
 
 
+def tables_of_lanes(fmt: KVFormat) -> Array:
+    """`both_tables` for each lane of a warp, int32 [32, 4]; see `load_tables`."""
+    return jnp.tile(both_tables(fmt), (32, 1))
+
+
+def load_tables(ref, interpret: bool) -> tuple:
+    """The four words of `tables_of_lanes`, each in a register of each thread.
+
+    Words that ptxas knows to be the same in all threads it keeps in uniform registers, and moves
+    one of them to another register for each `prmt`.
+    """
+    if interpret:
+        return tuple(ref[0, i] for i in range(4))
+
+    @inline(arg_types=(plgpu.RefType(),), return_type=(array((), jnp.int32, _SCALAR),) * 4)
+    def load(_, ref):
+        lane = _and(mgpu.utils.thread_idx(), 31)
+        words = _load(ref, arith.muli(lane, _c(16)), ir.VectorType.get((4,), _i(32)), 16)
+        words = [llvm.extractelement(words, _c(i)) for i in range(4)]
+        return tuple(mgpu.FragmentedArray.splat(word, (), is_signed=True) for word in words)
+
+    return load(ref)
+
+
 def load_levels(
     planes,
     table,

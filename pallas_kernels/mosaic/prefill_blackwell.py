@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
     lengths: Any
     base: Any
     table: Any
-    tables: Any  # `levels.both_tables`
+    tables: Any  # `levels.tables_of_lanes`
     place: Any  # this and what follows: of `Queries` and `Keys`
     q: Any
     sources: Sources
@@ -132,7 +132,7 @@ def attention(
             keys.lengths,
             keys.base,
             cache.page_table,
-            levels.both_tables(fmt),
+            levels.tables_of_lanes(fmt),
             q.place,
             q.x,
             prefill_block.sources(keys, cache),
@@ -182,9 +182,8 @@ def _kernel(
         return lax.rem(i - start, stages)
 
     def produce():
-        sides = prefill_block.sides(
-            fmt, given.tables, given.sources, tiles, barriers, (batch, head)
-        )
+        tables = levels.load_tables(given.tables, interpret)
+        sides = prefill_block.sides(fmt, tables, given.sources, tiles, barriers, (batch, head))
         produce_tiles(fmt, given.table.at[batch], (start, packed, end), sides, interpret)
 
     def consume(number):

@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
     table: Any
     q_scale: Any
     out_scale: Any
-    tables: Any  # `levels.both_tables`
+    tables: Any  # `levels.tables_of_lanes`
     columns: Any  # [2, tile]: which token of a dense tile, or a packed one, each column is
     rotations: Any  # of queries and of outputs, times the root of head_dim
     place: Any  # 0, 1, ..

@@ -94,7 +94,7 @@ def attention(
             cache.page_table,
             units[0] * np.float32(factor / root),
             out_scale,
-            levels.both_tables(fmt),
+            levels.tables_of_lanes(fmt),
             jnp.asarray(columns),
             jnp.asarray(np.round(rotations), jnp.float16),
             jnp.arange(new, dtype=jnp.float32),
@@ -137,9 +137,8 @@ def _kernel(options: Options, given: Inputs, out, q_s, tiles: Tiles, barriers: B
     whole = jnp.maximum(jnp.minimum(whole, end), left)
     # Before and after the keys, the places of keys take what rotates queries and results.
     used, width = pieces(d, tile)
-    sides = prefill_block.sides(
-        fmt, given.tables, given.sources, tiles, barriers, (batch, head), used
-    )
+    tables = levels.load_tables(given.tables, interpret)
+    sides = prefill_block.sides(fmt, tables, given.sources, tiles, barriers, (batch, head), used)
 
     def rotation(number, first_use):
         keys = sides[0]

@@ -61,9 +61,9 @@ class Side:
         return slot
 
 
-def both_sides(fmt: KVFormat, tables, planes, codes, *pairs, used: int = 0) -> tuple[Side, Side]:
-    """Keys and values. planes, codes, tables: of both, one after the other; pairs: the rest."""
-    words, n = tuple(tables[i] for i in range(4)), len(plane_bits(fmt.key_bits))
+def both_sides(fmt: KVFormat, words, planes, codes, *pairs, used: int = 0) -> tuple[Side, Side]:
+    """Keys and values. words, planes, codes: of both, one after the other; pairs: the rest."""
+    n = len(plane_bits(fmt.key_bits))
     of_keys, of_values = zip(*pairs, strict=True)
     return (
         Side("keys", planes[:n], codes[:n], words[:2], *of_keys, used=used),
