@@ -113,6 +113,7 @@ def load_levels(
     page_size: int | None = None,
     part: Any = 0,
     only: slice = slice(None),
+    columns: slice = slice(None),
     interpret: bool,
 ):
     """Levels of packed rows in shared memory, float16 [rows, n], columns in slot order.
@@ -121,30 +122,32 @@ def load_levels(
     is given [pages, rows, page_size * plane_bits / 8], whose pages make up the n = 64 columns, or
     whose only page holds them as its part-th 64 (an int or a scalar). table: the two words of
     `tables(bits)`. rows_of: value_bits whose `page_rows` orders the rows; None keeps the order.
-    only: of these rows (a multiple of 64).
+    only, columns: of these rows and columns (multiples of 64 and 16).
     """
     size = page_size or n
     first, end, _ = only.indices(rows)
+    left, right, _ = columns.indices(n)
     if interpret:
         pages = max(1, n // size)
         levels = _plain_levels([plane[...].reshape(pages, rows, -1) for plane in planes], bits)
         levels = jnp.moveaxis(levels, 0, 1).reshape(rows, -1)
-        levels = levels[:, part * n + slots(bits, n, jnp)]
+        levels = levels[:, part * n + slots(bits, n, jnp)[columns]]
         return levels[only] if rows_of is None else levels[page_rows(rows_of, jnp)]
 
     layout = plgpu.Layout.WGMMA
 
     @inline(
         arg_types=(tuple(plgpu.RefType() for _ in planes), (_SCALAR,) * len(table), _SCALAR),
-        return_type=array((end - first, n), jnp.float16, layout),
+        return_type=array((end - first, right - left), jnp.float16, layout),
     )
     def load(_, refs, table, part):
         part = part.registers.item()
         table = [x.registers.item() for x in table]
         quad, lane = _row_of_thread(rows_of)
-        out = np.empty(layout.to_mgpu().registers_shape((end - first, n)), object)
-        tiles = (end - first) // ROWS
-        flat = out.reshape(tiles, n // 16, 2, 2)  # tile, step, column half, row half
+        shape = end - first, right - left
+        out = np.empty(layout.to_mgpu().registers_shape(shape), object)
+        tiles, steps = shape[0] // ROWS, slice(left // 16, right // 16)
+        flat = out.reshape(tiles, shape[1] // 16, 2, 2)  # tile, step, column half, row half
         for tile in range(tiles):
             for half in range(2):
                 row = _add(quad, first + tile * ROWS + half * _half_step(rows_of))
@@ -152,7 +155,7 @@ def load_levels(
                     _load_words(ref, rows, row, lane, n * width // 32, 4 * size // n, part)
                     for ref, width in zip(refs, packing.plane_bits(bits), strict=True)
                 ]
-                for step, four in enumerate(_fours(bits, words, table)):
+                for step, four in enumerate(list(_fours(bits, words, table))[steps]):
                     flat[tile, step, :, half] = _two_halves(four)
         return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
 

@@ -145,19 +145,23 @@ def _fetch(side: Side, fmt: KVFormat, ids, i, code):
 def _decode_keys(side: Side, fmt: KVFormat, i, code, slot, interpret):
     del i
     tile, d = side.tiles.shape[1:]
+    width = min(d, 128)  # as few registers at a time as can be
     for part in range(tile // PART):
         here = slice(part * PART, (part + 1) * PART)
-        x = levels.load_levels(
-            _part_of(side.codes, code, part, tile // PART),
-            side.table,
-            fmt.key_bits,
-            PART,
-            d,
-            rows_of=fmt.value_bits,
-            interpret=interpret,
-        )
         scale = _load(side.scales.at[code, here], 1, interpret)
-        side.tiles.at[slot, here][...] = x * along_rows(scale, d)
+        for column in range(0, d, width):
+            only = slice(column, column + width)
+            x = levels.load_levels(
+                _part_of(side.codes, code, part, tile // PART),
+                side.table,
+                fmt.key_bits,
+                PART,
+                d,
+                rows_of=fmt.value_bits,
+                columns=only,
+                interpret=interpret,
+            )
+            side.tiles.at[slot, here, only][...] = x * along_rows(scale, width)
 
 
 def _decode_values(side: Side, fmt: KVFormat, i, code, slot, interpret):
