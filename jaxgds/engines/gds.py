@@ -26,7 +26,7 @@ from jaxgds.engines.ring import near
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
-from jaxgds.workers import reading, run_threads
+from jaxgds.workers import run_threads
 
 
 if TYPE_CHECKING:
@@ -177,9 +177,18 @@ def _carry_out(
 ) -> None:
     source = read.source
     assert isinstance(source, Extent)
+    with files.open(source.file, read.array) as file:
+        _copy(read, source, file, buffers, staging)
+
+
+def _copy(
+    read: Read,
+    source: Extent,
+    file: cufile.File,
+    buffers: Sequence["Buffer"],
+    staging: Staging,
+) -> None:
     (segment,) = read.segments
-    with reading(source.file, read.array):
-        file = files.open(source.file, read.array)
     if source.offset + source.nbytes > file.nbytes:
         raise truncated(source, read.array, source.offset + source.nbytes - file.nbytes)
     whole = direct(segment)
@@ -225,8 +234,7 @@ def _try(file: str, ordinal: int) -> str | None:
         staging = Staging(WINDOW)
         try:
             before = direct_reads()
-            with cufile.files() as files:
-                opened = files.open(file, "")
+            with cufile.files() as files, files.open(file, "") as opened:
                 opened.read(0, min(WINDOW, opened.nbytes), staging.pointer)
         finally:
             staging.close()

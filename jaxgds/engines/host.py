@@ -13,7 +13,7 @@ import zstandard
 
 from jaxgds.engines.files import OpenFiles
 from jaxgds.errors import CheckpointError
-from jaxgds.index import Source
+from jaxgds.index import Extent, Source
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
@@ -96,10 +96,10 @@ def opened(read: Read, files: OpenFiles[io.FileIO]) -> Iterator[Callable[[memory
     source = read.source
     where = "inline value" if isinstance(source, bytes) else source.file
     try:
-        raw = io.BytesIO(source) if isinstance(source, bytes) else _Range(read, files)
-        if read.codec == "raw":
-            yield raw.readinto
-        else:
+        with _stream(read, files) as raw:
+            if read.codec == "raw":
+                yield raw.readinto
+                return
             decompressor = zstandard.ZstdDecompressor()
             # Of `raw` the reader only calls read(n).
             with decompressor.stream_reader(raw, read_size=FETCH) as reader:  # type: ignore
@@ -114,16 +114,24 @@ def opened(read: Read, files: OpenFiles[io.FileIO]) -> Iterator[Callable[[memory
         raise CheckpointError(f"{where}: array {read.array!r}: damaged zstd data: {e}") from e
 
 
+@contextmanager
+def _stream(read: Read, files: OpenFiles[io.FileIO]) -> Iterator["io.BytesIO | _Range"]:
+    source = read.source
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    with files.open(source.file, read.array) as file:
+        yield _Range(file, source, read.array)
+
+
 class _Range:
     """The bytes of one extent as a minimal raw stream; `preadv`, so threads share the file."""
 
-    def __init__(self, read: Read, files: OpenFiles[io.FileIO]):
-        assert not isinstance(read.source, bytes)
-        self._what = read.source.file, read.array
-        with reading(*self._what):
-            self._fd = files.open(*self._what).fileno()
-        self._at = read.source.offset
-        self._stop = read.source.offset + read.source.nbytes
+    def __init__(self, file: io.FileIO, source: Extent, array: str):
+        self._what = source.file, array
+        self._fd = file.fileno()
+        self._at = source.offset
+        self._stop = source.offset + source.nbytes
 
     def readinto(self, view: memoryview) -> int:
         with reading(*self._what):

@@ -13,10 +13,11 @@ from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import COPIERS_PER_GPU, Lane, Ring, Slot, near
 from jaxgds.engines.strided import boxes
+from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
-from jaxgds.workers import reading, run_threads
+from jaxgds.workers import run_threads
 
 
 if TYPE_CHECKING:
@@ -139,9 +140,11 @@ class _Restore:
         if read.codec != "raw" or isinstance(source, bytes):
             self._decode(read, lane)
             return
+        with self._files.open(source.file, read.array) as file:
+            self._copy(read, source, file, lane)
+
+    def _copy(self, read: Read, source: Extent, file: DirectFile, lane: Lane) -> None:
         (segment,) = read.segments
-        with reading(source.file, read.array):
-            file = self._files.open(source.file, read.array)
         whole = direct(segment)
         if whole is None:
             assert segment.nbytes <= lane.slot_bytes  # see scatter.MAX_STAGED

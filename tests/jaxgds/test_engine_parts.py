@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgds.engines import HostEngine, cuda, engine_for
+from jaxgds.engines.files import MAX_IDLE, OpenFiles
 from jaxgds.engines.gds import MIN_READ, unfit, windows
 from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
 from jaxgds.engines.posix import BLOCK, direct_files
@@ -124,7 +125,8 @@ def test_a_range_of_a_file(file, slot, offset, nbytes):
     path, data = file
     with direct_files() as files:
         for _ in range(2):
-            at = files.open(path, "w").read(offset, nbytes, slot[: nbytes + 2 * BLOCK], "w")
+            with files.open(path, "w") as f:
+                at = f.read(offset, nbytes, slot[: nbytes + 2 * BLOCK], "w")
             assert bytes(slot[at : at + nbytes]) == data[offset : offset + nbytes].tobytes()
 
 
@@ -132,24 +134,51 @@ def test_a_range_of_a_file(file, slot, offset, nbytes):
 def test_a_range_beyond_the_end(file, slot, offset, nbytes):
     path, data = file
     missing = offset + nbytes - len(data)
-    with direct_files() as files, pytest.raises(CheckpointError, match=f"'w'.* {missing} bytes"):
-        files.open(path, "w").read(offset, nbytes, slot, "w")
+    with direct_files() as files, files.open(path, "w") as f:
+        with pytest.raises(CheckpointError, match=f"'w'.* {missing} bytes"):
+            f.read(offset, nbytes, slot, "w")
 
 
 def test_files_that_cannot_be_read(tmp_path, slot):
     with direct_files() as files:
         with pytest.raises(CheckpointError, match=r"gone\.bin.*'w'"):
-            files.open(str(tmp_path / "gone.bin"), "w")
-        with pytest.raises(CheckpointError, match="directory"):
-            files.open(str(tmp_path), "w").read(0, 1, slot, "w")
+            files.open(str(tmp_path / "gone.bin"), "w").__enter__()
+        with pytest.raises(CheckpointError, match="directory"), files.open(str(tmp_path), "w") as f:
+            f.read(0, 1, slot, "w")
 
 
 def test_files_are_closed(file, slot):
     before = os.listdir("/proc/self/fd")
     with direct_files() as files:
-        files.open(file[0], "w").read(5, 100, slot, "w")
+        with files.open(file[0], "w") as f:
+            f.read(5, 100, slot, "w")
         assert len(os.listdir("/proc/self/fd")) > len(before)
     assert os.listdir("/proc/self/fd") == before
+
+
+class Opened:
+    def __init__(self, path: str, array: str):
+        self.path, self.closed = path, False
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+def test_of_files_in_use_none_is_closed_and_of_others_the_oldest():
+    made = []
+    with OpenFiles(lambda path, array: made.append(Opened(path, array)) or made[-1]) as files:
+        with files.open("used", "w"), files.open("used", "w") as used:
+            for _ in range(2):
+                for number in range(MAX_IDLE):
+                    with files.open(str(number), "w") as f:
+                        assert f.path == str(number)
+            assert len(made) == MAX_IDLE + 1, "each is opened once while there is room"
+            for number in range(3 * MAX_IDLE):
+                with files.open(f"more {number}", "w") as f:
+                    assert not f.closed
+            assert not used.closed and sum(not f.closed for f in made) == MAX_IDLE + 1
+    assert all(f.closed for f in made)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -16,11 +17,31 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxgds
+from jaxgds.verify import verify
 
 
 HERE = pathlib.Path(__file__).parent
 RNG = np.random.default_rng(0)
 TREE = {f"w{i}": RNG.integers(0, 256, (200, 100 + i)).astype(np.float32) for i in range(4)}
+
+
+def test_more_files_than_a_process_may_have_open(tmp_path):
+    """Of a large model without OCDBT it has thousands, and 1024 is a common limit."""
+    tree = {f"w{i}": jnp.full(5, i) for i in range(120)}
+    oracle.save(tmp_path / "item", tree, (False, False, False))
+    (tmp_path / "st").mkdir()
+    for name, x in tree.items():
+        save_file({name: np.asarray(x)}, tmp_path / "st" / f"{name}.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = len(os.listdir("/proc/self/fd")) + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    try:
+        for kind in ("item", "st"):
+            got = jaxgds.load(tmp_path / kind)
+            assert all(np.array_equal(got[name], x) for name, x in tree.items())
+        assert verify(tmp_path / "item")["problems"] == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.fixture(scope="module")
