@@ -84,7 +84,7 @@ def restore(
     destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
     _check_room(destinations, dtypes)
-    allocation = arrays.Allocation(destinations, [dtypes[d.array] for d in destinations])
+    allocation = _Allocation(destinations, [dtypes[d.array] for d in destinations])
     buffers = allocation.buffers
     bytes_read, planned = 0, start
 
@@ -108,10 +108,12 @@ def restore(
     shards: dict[str, list] = {w.array.name: [] for w in wanted}
     for destination, array in zip(destinations, filled, strict=True):
         shards[destination.array].append((destination, array))
-    restored = [
-        arrays.assemble(w.array.layout, w.sharding, shards[w.array.name], w.dtype) for w in wanted
-    ]
-    jax.block_until_ready(restored)
+    with own_settings():
+        restored = [
+            arrays.assemble(w.array.layout, w.sharding, shards[w.array.name], w.dtype)
+            for w in wanted
+        ]
+        jax.block_until_ready(restored)
     report = TransferReport(
         path=engine.path,
         bytes_read=bytes_read,
@@ -123,6 +125,28 @@ def restore(
         note=engine.note,
     )
     return restored, report
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """For the programs of a restore, which the caller's settings are not meant for.
+
+    They run on single devices, which need not be of the caller's mesh; they give out memory that is
+    not written yet, which may look like NaN, and cast what was saved, which may be NaN.
+    """
+    with (
+        jax.set_mesh(None),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+    ):
+        yield
+
+
+class _Allocation(arrays.Allocation):
+    def _run(self) -> None:
+        with own_settings():
+            super()._run()
 
 
 def _log_plan(plan: Plan) -> None:

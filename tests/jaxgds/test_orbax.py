@@ -16,7 +16,7 @@ import oracle
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxgds
@@ -797,6 +797,50 @@ def test_a_handler_does_not_drop_another_one():
                 jaxgds.orbax.handler()
         finally:
             ocp.type_handlers.register_type_handler(jax.Array, stock, override=True)
+
+
+# Settings of the caller.
+
+
+SETTINGS = {
+    "mesh of other devices": lambda: jax.set_mesh(Mesh(np.array(jax.devices()[6:]), "z")),
+    "explicit mesh": lambda: jax.set_mesh(jax.make_mesh((8,), ("e",), (AxisType.Explicit,))),
+    "NaN": lambda: jax.debug_nans(True),
+    "infinity": lambda: jax.debug_infs(True),
+    "no jit": lambda: jax.disable_jit(),
+    "x64": lambda: jax.enable_x64(True),
+    "device": lambda: jax.default_device(jax.devices()[5]),
+    "transfers": lambda: jax.transfer_guard("disallow"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_caller(tmp_path, tree, setting):
+    """They are for his programs: those of a restore run on single devices, on any numbers."""
+    tree = {name: tree[name] for name in ("f32", "scalar", "int4", "key", "numpy")}
+    tree["inf"] = put(np.full((64, 16), np.inf, np.float32), "x")
+    path = oracle.save(tmp_path / "item", tree)
+    target = abstract(tree)
+    target["inf"] = target["inf"].update(dtype=jnp.bfloat16)
+    with SETTINGS[setting]():
+        stock = Standard().restore(path, target)
+        with jaxgds.orbax.installed(strict=True):
+            ours = Standard().restore(path, target)
+    oracle.assert_same(ours, stock)
+
+
+def test_memory_that_is_not_written_yet_may_look_like_nan(tmp_path):
+    """JAX_DEBUG_NANS, which holds for all threads, looks at what a program returns."""
+    tree = {name: put(np.full((512, 64), np.nan, np.float32), "x") for name in ("a", "b")}
+    path = oracle.save(tmp_path / "item", tree)
+    before = jax.config.jax_debug_nans
+    jax.config.update("jax_debug_nans", True)
+    try:
+        with jaxgds.orbax.installed(strict=True):
+            for _ in range(8):  # each has the memory of the one before
+                PyTree().restore(path, abstract(tree))
+    finally:
+        jax.config.update("jax_debug_nans", before)
 
 
 # Failure, threads.

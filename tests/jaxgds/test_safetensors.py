@@ -117,6 +117,18 @@ def test_casts_to_the_targets_dtype(folder, mesh):
     assert same_bytes(got, TENSORS["model.embed"].astype(np.float32))
 
 
+def test_casts_on_devices_outside_of_the_mesh_of_the_caller(tmp_path, mesh):
+    """In place, and from what goes through numpy."""
+    save_file({"a": np.ones(8, np.float16), "b": np.ones(8)}, tmp_path / "m.safetensors")
+    on = jax.sharding.SingleDeviceSharding(jax.devices()[7])
+    target = {name: jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=on) for name in "ab"}
+    with jax.set_mesh(Mesh(mesh.devices[:2], ("x", "y"))):
+        got = jaxgds.load(tmp_path, target)
+    assert all(x.sharding == on and same_bytes(x, np.ones(8, jnp.bfloat16)) for x in got.values())
+    report = jaxgds.last_report()
+    assert report is not None and set(report.fallbacks) == {"b"}
+
+
 def test_renamed_into_an_nnx_state(folder):
     class Model(nnx.Module):
         def __init__(self):
