@@ -6,6 +6,7 @@ own references (see `Buffer`), and used for nothing else.
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,42 @@ from collections.abc import Callable, Sequence
 DEFAULT_TIMEOUT = 300.0  # seconds
 MAX_TIMEOUT = 1e6
 INTERRUPTED = 0.5  # seconds that Ctrl-C waits for threads
+SWITCH = 5e-4  # seconds that a thread may keep the interpreter while readers wait for it
 
 type Target = Callable[[threading.Event], None]
 
 
 class _Stopped(Exception):
     """In a thread that was told to stop."""
+
+
+class _QuickSwitches:
+    """While any restore runs, other Python threads give the interpreter back after SWITCH seconds.
+
+    After each system call a reader needs it for microseconds; a thread that traces or compiles
+    would let each of them wait for Python's default of 5 ms, and the restore take five times as
+    long. The whole process is meant, and gets its own interval back in the end.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before = sys.getswitchinterval()
+                if self._before > SWITCH:
+                    sys.setswitchinterval(SWITCH)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._before > SWITCH:
+                sys.setswitchinterval(self._before + 5e-7)  # Python rounds down to microseconds
+
+
+_quick_switches = _QuickSwitches()
 
 
 class _Own(threading.local):
@@ -106,12 +137,13 @@ def run_threads(
     threads = [threading.Thread(target=run, args=(t,), name="jaxgds", daemon=True) for t in targets]
     started: list[threading.Thread] = []
     try:
-        for thread in threads:
-            thread.start()
-            started.append(thread)
-        begin.set()  # not earlier: the kernel makes no thread while another one pins memory
-        meanwhile()
-        _join(started, stop, timeout)
+        with _quick_switches:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+            begin.set()  # not earlier: the kernel makes no thread while another one pins memory
+            meanwhile()
+            _join(started, stop, timeout)
     except BaseException as e:
         stop.set()
         begin.set()

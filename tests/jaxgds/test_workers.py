@@ -1,5 +1,6 @@
 """Threads that fail, hang and are interrupted: what the caller sees, and what is left behind."""
 
+import sys
 import threading
 
 import pytest
@@ -152,3 +153,27 @@ def test_no_limit(monkeypatch, text):
     monkeypatch.setenv("JAXGDS_READ_TIMEOUT", text)
     with pytest.raises(ValueError, match="JAXGDS_READ_TIMEOUT.*expected seconds"):
         read_timeout()
+
+
+@pytest.mark.parametrize(("own", "during"), [(0.003001, 0.0005), (0.0001, 0.0001)])
+def test_threads_give_the_interpreter_back_quickly_while_readers_run(own, during):
+    before = sys.getswitchinterval()
+    seen = []
+
+    def look(stop: threading.Event) -> None:
+        seen.append(sys.getswitchinterval())
+
+    def fails(stop: threading.Event) -> None:
+        run_threads([look])  # a restore within a restore
+        look(stop)
+        raise KeyError("first")
+
+    sys.setswitchinterval(own)
+    own = sys.getswitchinterval()  # rounded
+    try:
+        with pytest.raises(KeyError):
+            run_threads([fails])
+        assert seen == pytest.approx([during, during], abs=2e-6)
+        assert sys.getswitchinterval() == own
+    finally:
+        sys.setswitchinterval(before)
