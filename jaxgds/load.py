@@ -36,7 +36,7 @@ def load(
         a directory of them, or a `*.safetensors.index.json`.
       target: pytree of `jax.ShapeDtypeStruct` with `sharding` set, or an abstract `nnx.State`.
         None gives what was saved: from Orbax, nested dicts and lists with the shardings of the
-        save; from safetensors, a flat dict of arrays on the default device.
+        save; from safetensors, a flat dict of arrays committed to the default device.
       rename: safetensors only: tensor name -> name in `target`, its key path joined by dots
         (None leaves the tensor out).
       strict: raise `FallbackError` instead of restoring an array by slower means; None asks
@@ -140,7 +140,7 @@ def _load_safetensors(
             f"{path}: target asks for {absent[:8]}, which no tensor is named; it has "
             f"{list(stored)[:8]} (after rename), pass rename= to map the names"
         )
-    default = SingleDeviceSharding(jax.local_devices()[0])
+    default = SingleDeviceSharding(_default_device())
     wanted = {
         name: Wanted(
             index.array(stored[name]),
@@ -178,6 +178,11 @@ def _load_safetensors(
     )
     ordered = [result[name] for name in leaves]
     return result if treedef is None else jax.tree_util.tree_unflatten(treedef, ordered)
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device  # or the name of a platform
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

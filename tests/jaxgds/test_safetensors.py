@@ -63,6 +63,16 @@ def test_without_target_it_is_what_safetensors_gives(folder):
     assert report.bytes_read == sum(t.nbytes for t in TENSORS.values())
 
 
+@pytest.mark.parametrize("device", ["cpu", 5])
+def test_without_a_sharding_it_is_on_the_default_device(folder, device):
+    with jax.default_device(device if isinstance(device, str) else jax.devices()[device]):
+        got = jaxgds.load(folder)
+        some = jaxgds.load(folder, {"model.norm": jax.ShapeDtypeStruct((48,), jnp.float32)})
+        want = load_flax(folder / "model.safetensors")
+    for name, x in [*got.items(), *some.items()]:
+        assert x.devices() == want[name].devices(), name
+
+
 @pytest.mark.parametrize("case", SPECS)
 def test_onto_a_mesh(folder, mesh, case):
     shardings = {
