@@ -2,7 +2,8 @@
 
 A naive script (stock Orbax restores, then the step compiles) against one in which both overlap
 (and imports overlap with the start of the devices), each in fresh processes on the same prepared
-checkpoint, with and without a compilation cache.
+checkpoint, with and without a compilation cache; and one that keeps the step's executable, so that
+nothing is traced.
 """
 
 # matplotlib is optional.
@@ -35,6 +36,7 @@ from jaxgds.sources import Model, Tensor, tree_keys
 CASES = {
     "jaxgds, cache cold": ("jaxgds", "cold"),
     "jaxgds, cache warm": ("jaxgds", "warm"),
+    "jaxgds, executable kept": ("kept", "warm"),
     "naive": ("naive", None),
     "naive, cache warm": ("naive", "warm"),
 }
@@ -63,8 +65,8 @@ def run(
     Returns:
       Plain JSON types. results: for each case seconds (of each part; those of `load` and `compile`
       are parts of `load_and_compile` where that is given), compile_seconds (`compile` in parts:
-      making the KV caches, tracing, lowering, XLA), total, and after_init (from when JAX
-      was ready). A case that failed has error.
+      making the KV caches, tracing, lowering, XLA, or reading the executable), total, and
+      after_init (from when JAX was ready). A case that failed has error.
 
     Raises:
       ValueError: no such model, or this is no checkout of the repository with its examples/.
@@ -184,9 +186,9 @@ def table(found: Mapping[str, Any]) -> str:
         if row["name"] == "jaxgds, cache cold":
             best = max(s["load"], s["compile"])
             lines.append(f"cold: after init {row['after_init'] / best:.2f} of max(load, compile)")
-        if row["name"] == "jaxgds, cache warm":
-            best = s["load"] + s["prefill"]
-            lines.append(f"warm: after init {row['after_init'] / best:.2f} of load + prefill")
+        if row["name"] in ("jaxgds, cache warm", "jaxgds, executable kept"):
+            best, name = s["load"] + s["prefill"], row["name"].rpartition(" ")[2]
+            lines.append(f"{name}: after init {row['after_init'] / best:.2f} of load + prefill")
     return "\n".join(lines)
 
 

@@ -140,4 +140,4 @@ def test_coldstart_keeps_every_case(tmp_path, monkeypatch):
     found = coldstart.run(
         tmp_path, config, report=lambda text: None, keep=lambda x: kept.append(len(x["results"]))
     )
-    assert kept == [1, 2, 3, 4] and len(found["results"]) == 4
+    assert kept == [1, 2, 3, 4, 5] and len(found["results"]) == 5
