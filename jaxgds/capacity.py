@@ -84,7 +84,7 @@ def read_kv(text: str) -> KV:
     """bf16, fp8 or a packed format such as K4V3. Raises ValueError for anything else."""
     if text == "bf16" or text == "fp8":
         return text
-    if not (match := re.fullmatch(r"K(\d)V(\d)", text)):
+    if not (match := re.fullmatch(r"K(\d)V(\d)", text.upper())):
         raise ValueError(f"{text!r} is not a KV format such as K4V4, bf16 or fp8")
     return KVFormat(int(match[1]), int(match[2]))
 
@@ -161,7 +161,8 @@ def plan(
         raise ValueError(
             f"{resident / 1e9:.1f} GB of weights and {setup.activation_bytes / 1e9:.1f} GB for "
             f"activations do not fit into the {setup.gpu.hbm_bytes / 1e9:.0f} GB of one "
-            f"{setup.gpu.name}: use more GPUs (--mesh) or --weights fp8"
+            f"{setup.gpu.name}: use more GPUs (--mesh)"
+            + ("" if setup.weights == "fp8" else " or --weights fp8")
         )
     shape = (layers, local_heads, head_dim)
     dense = layers * kv_token_nbytes("bf16", local_heads, head_dim)

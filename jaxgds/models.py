@@ -23,18 +23,19 @@ def shipped() -> list[str]:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """A model's config.json: of a shipped model by its name, else a file or its directory.
+    """A model's config.json: a file or its directory, else that of a shipped model by its name.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: no such model, or not a config.json.
     """
-    named = [path for f in _SHIPPED if (path := f / "models" / f"{model}.json").is_file()]
     path = Path(model)
-    if named:
-        path = named[0]
-    elif path.is_dir():
+    if path.is_dir() and (path / "config.json").exists():
         path = path / "config.json"
+    elif not path.is_file() and model.lower() in shipped():
+        path = next(p for f in _SHIPPED if (p := f / "models" / f"{model.lower()}.json").is_file())
+    elif path.is_dir():
+        raise ValueError(f"{model}: no config.json in this directory")
     elif not path.exists():
         raise ValueError(
             f"{model!r} is neither a file, nor a directory with a config.json, nor one of "

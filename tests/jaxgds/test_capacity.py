@@ -192,6 +192,23 @@ def test_command(tmp_path, capsys):
     assert "llama-3.1-8b" in capsys.readouterr().err
 
 
+def test_a_model_is_a_directory_or_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = models.read_config("llama-3.1-8b")
+    assert models.read_config("Llama-3.1-8B") == shipped
+    own = tmp_path / "llama-3.1-8b"
+    own.mkdir()
+    assert models.read_config("llama-3.1-8b") == shipped  # there is no config.json yet
+    (own / "config.json").write_text(json.dumps(SMALL))
+    assert models.read_config("llama-3.1-8b") == SMALL
+    with pytest.raises(ValueError, match="no config.json"):
+        models.read_config(str(tmp_path))
+
+
+def test_formats_in_small_letters():
+    assert capacity.read_kv("k4v3") == pk.KVFormat(4, 3) == capacity.read_kv("K4V3")
+
+
 def test_published_tables_side_by_side(tmp_path):
     out = tmp_path / "table.json"
     command = [sys.executable, "-m", "jaxgds", "plan", "--table", "--json", str(out)]
