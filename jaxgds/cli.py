@@ -1,18 +1,65 @@
 """The command `jaxgds`."""
 
 import argparse
+import io
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from jaxgds.bench.cli import BENCHES, add_bench
-from jaxgds.show import JSON, show
+from jaxgds.show import JSON, check_files, numbers, positive, say, show, stopped_by_sigterm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status (2: the caller's mistake)."""
+    """Runs one command; returns its exit status (2: the caller's mistake, 130: stopped)."""
+    parser, name = _parser(), "jaxgds"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    try:
+        try:
+            args = parser.parse_args(argv)
+            name = " ".join([name, args.command, getattr(args, "bench", "")]).rstrip()
+            check_files(args)
+            return args.run(args)
+        finally:
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        say(f"{name}: stopped")
+        return 130
+    except BrokenPipeError:  # `jaxgds inspect ... | head`: what is left has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except subprocess.CalledProcessError as e:  # of a benchmark; it has said why, or e has
+        why = (e.stderr or "").strip().splitlines() or ["see above"]
+        say(f"{name}: a process of it failed with status {e.returncode}: {why[-1]}")
+        return 1
+    except (OSError, ValueError, NotImplementedError) as e:  # CheckpointError is a ValueError
+        say(f"{name}: {_reason(e)}")
+        return 2
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, the file first, without Python's "[Errno 2]"."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+
+
+def _version() -> str:
+    try:
+        return version("jaxgds")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxgds", description="Restore sharded JAX checkpoints fast, and look into them."
     )
+    parser.add_argument("--version", action="version", version=f"jaxgds {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser(
         "inspect",
@@ -51,9 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     prepare.add_argument("source", metavar="SRC", help="with --check, may be left out")
     prepare.add_argument("destination", metavar="DST", nargs="?")
-    prepare.add_argument("--mesh", default="tp=1", help="axes of the mesh, as in dp=2,tp=4")
     prepare.add_argument(
-        "--rules", metavar="FILE", help="parameter name -> PartitionSpec; see configs/rules"
+        "--mesh", default="tp=1", help="its axes, as in dp=2,tp=4 (default: %(default)s)"
+    )
+    prepare.add_argument(
+        "--rules",
+        metavar="FILE",
+        help="TOML, as in configs/rules; default: what ships for the model's family",
     )
     prepare.add_argument(
         "--quantize",
@@ -61,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("none", "fp8"),
         help="fp8: e4m3 with a float32 scale per output channel; embeddings and norms stay",
     )
-    prepare.add_argument("--dtype", help="of parameters that are not quantised, as in bfloat16")
+    prepare.add_argument(
+        "--dtype",
+        help="of floating-point parameters that are not quantised, as in bfloat16; default: theirs",
+    )
     prepare.add_argument("--check", action="store_true", help="prove a prepared checkpoint")
     prepare.set_defaults(run=_prepare)
     plan = commands.add_parser(
@@ -74,38 +128,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument(
         "model", nargs="?", help="a config.json, its directory, or a name such as llama-3.1-8b"
     )
-    plan.add_argument("--gpu", default="H100", help="H100, H200, B200, or its memory in GB")
-    plan.add_argument("--mesh", default="tp=1", help="axes of the mesh, as in dp=2,tp=4")
-    plan.add_argument("--weights", default="bf16", choices=("bf16", "fp8"))
     plan.add_argument(
-        "--kv", default="bf16,fp8,K4V4,K4V3,K3V3", help="comma-separated KV cache formats"
-    )
-    plan.add_argument("--sequences", default="1,8,64", help="comma-separated, at once on the mesh")
-    plan.add_argument(
-        "--activations", type=float, default=5, metavar="GB", help="kept free on each GPU"
+        "--gpu", default="H100", help="H100 (default), H200, B200, or its memory in GB"
     )
     plan.add_argument(
-        "--storage", type=float, default=94, metavar="GiB/s", help="of the file system as a whole"
+        "--mesh", default="tp=1", help="its axes, as in dp=2,tp=4 (default: %(default)s)"
     )
     plan.add_argument(
-        "--network", type=float, default=1200, metavar="Gbit/s", help="into each host"
+        "--weights", default="bf16", choices=("bf16", "fp8"), help="default: %(default)s"
     )
-    plan.add_argument("--host-gpus", type=int, default=8, help="GPUs in a host")
+    plan.add_argument(
+        "--kv",
+        default="bf16,fp8,K4V4,K4V3,K3V3",
+        help="formats of the KV cache (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--sequences",
+        type=numbers,
+        default="1,8,64",
+        help="how many at once on the mesh (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--activations",
+        type=float,
+        default=5,
+        metavar="GB",
+        help="kept free on each GPU (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--storage",
+        type=positive(float),
+        default=94,
+        metavar="GiB/s",
+        help="of the file system as a whole (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--network",
+        type=positive(float),
+        default=1200,
+        metavar="Gbit/s",
+        help="into each host (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--host-gpus", type=positive(int), default=8, help="GPUs in a host (default: %(default)s)"
+    )
     plan.add_argument("--rules", metavar="FILE", help="as for prepare")
     plan.add_argument(
         "--table", action="store_true", help="AWS's published figures beside this project's"
     )
     plan.set_defaults(run=_plan)
     add_bench(commands.add_parser("bench", help="measure: " + ", ".join(BENCHES)))
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except BrokenPipeError:  # `jaxgds inspect ... | head`
-        sys.stderr.close()
-        return 0
-    except (OSError, ValueError, NotImplementedError) as e:  # CheckpointError is a ValueError
-        print(f"jaxgds {args.command}: {e}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -144,14 +217,15 @@ def _prepare(args: argparse.Namespace) -> int:
         return 1 if found["problems"] else 0
     if args.destination is None:
         raise ValueError(f"expected SRC DST, found only {args.source!r}")
-    found = prepare.prepare(
-        args.source,
-        args.destination,
-        mesh=rules.read_mesh(args.mesh),
-        rules=rules.read_rules(args.rules) if args.rules else None,
-        method=None if args.quantize == "none" else args.quantize,
-        dtype=args.dtype,
-    )
+    with stopped_by_sigterm():  # it removes what it has written
+        found = prepare.prepare(
+            args.source,
+            args.destination,
+            mesh=rules.read_mesh(args.mesh),
+            rules=rules.read_rules(args.rules) if args.rules else None,
+            method=None if args.quantize == "none" else args.quantize,
+            dtype=args.dtype,
+        )
     show(args, found, prepare.table)
     return 0
 
@@ -177,7 +251,7 @@ def _plan(args: argparse.Namespace) -> int:
         models.read_config(args.model),
         setup,
         [capacity.read_kv(name) for name in args.kv.split(",")],
-        [int(n) for n in args.sequences.split(",")],
+        args.sequences,
         rules.read_rules(args.rules) if args.rules else None,
     )
     show(args, found, capacity.table)

@@ -20,7 +20,12 @@ def doctor(path: str | None = None) -> dict[str, Any]:
     Raises:
       FileNotFoundError: `path` does not exist.
     """
-    found: dict[str, Any] = {"machine": _machine(), "devices": _devices(), "gds": _gds()}
+    found: dict[str, Any] = {"machine": _machine(), "devices": [], "gds": _gds()}
+    try:
+        found["devices"] = _devices()
+    except (RuntimeError, AssertionError) as e:  # without a word for a plugin that is missing
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        found["jax_error"] = str(e) or f"JAX_PLATFORMS={asked} asks for what is not installed here"
     if path is not None:
         found["path"] = _file_system(path)
         try:
@@ -133,6 +138,8 @@ def _direct_io(file: str) -> bool:
 
 def _verdict(found: dict[str, Any]) -> list[str]:
     """Which path a restore takes here, one sentence each."""
+    if error := found.get("jax_error"):
+        return [f"JAX does not start, so nothing can be restored: {error}"]
     if not any(d["platform"] == "gpu" for d in found["devices"]):
         return ["JAX sees no GPU: restores take the host path (preadv into host memory)."]
     if not found["gds"]["ready"]:

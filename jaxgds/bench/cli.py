@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import os
-import signal
 import stat
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxgds.bench.checkpoints import FORMATS
-from jaxgds.show import PLOT, say, show, show_bench
+from jaxgds.show import PLOT, numbers, positive, say, show, show_bench, stopped_by_sigterm
 
 
 BENCHES = ("restore", "coldstart", "decode", "encode", "prefill", "quality")
@@ -38,12 +37,25 @@ def _add_restore(commands) -> None:
         "Rates are of restored bytes; ratios are against the pinned-copy ceiling (hot) or the "
         "O_DIRECT ceiling (--cold).",
     )
-    restore.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
-    restore.add_argument("--size", type=float, default=2, metavar="GB", help="of each checkpoint")
+    restore.add_argument(
+        "--dir", default=".bench", help="where checkpoints are made and kept (default: %(default)s)"
+    )
+    restore.add_argument(
+        "--size",
+        type=positive(float),
+        default=2,
+        metavar="GB",
+        help="of each checkpoint (default: %(default)s)",
+    )
     restore.add_argument(
         "--formats", type=_words, default=FORMATS, help="comma-separated, of " + ", ".join(FORMATS)
     )
-    restore.add_argument("--repeat", type=int, default=3, help="calls in each process")
+    restore.add_argument(
+        "--repeat",
+        type=positive(int),
+        default=3,
+        help="calls in each process (default: %(default)s)",
+    )
     restore.add_argument("--cold", action="store_true", help="drop the page cache before each call")
     restore.set_defaults(run=_restore)
 
@@ -54,7 +66,9 @@ def _restore(args: argparse.Namespace) -> int:
     if unknown := set(args.formats) - set(FORMATS):
         raise ValueError(f"--formats: {sorted(unknown)} are not among {FORMATS}")
     size = int(args.size * 1e9)
-    run = partial(restore.run, args.dir, args.formats, size, args.repeat, args.cold)
+    run = partial(
+        restore.run, os.path.abspath(args.dir), args.formats, size, args.repeat, args.cold
+    )
     return _measure(args, run, restore)
 
 
@@ -68,13 +82,34 @@ def _add_coldstart(commands) -> None:
         "a warm compilation cache. The model is that of examples/serve_llama.py: run it from a "
         "checkout with the examples extra.",
     )
-    coldstart.add_argument("--model", default="llama-3.1-8b", help="as for plan")
-    coldstart.add_argument("--layers", type=int, help="fewer of them than the model has")
-    coldstart.add_argument("--weights", default="bf16", choices=("bf16", "fp8"))
-    coldstart.add_argument("--devices", type=int, default=1, help="the model is split over")
-    coldstart.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
-    coldstart.add_argument("--repeat", type=int, default=1, help="processes for each case")
-    coldstart.add_argument("--dir", default=".bench", help="where checkpoints are made and kept")
+    coldstart.add_argument(
+        "--model", default="llama-3.1-8b", help="as for plan (default: %(default)s)"
+    )
+    coldstart.add_argument("--layers", type=positive(int), help="fewer of them than the model has")
+    coldstart.add_argument(
+        "--weights", default="bf16", choices=("bf16", "fp8"), help="default: %(default)s"
+    )
+    coldstart.add_argument(
+        "--devices",
+        type=positive(int),
+        default=1,
+        help="the model is split over (default: %(default)s)",
+    )
+    coldstart.add_argument(
+        "--prompt",
+        type=positive(int),
+        default=256,
+        help="tokens of the prompt (default: %(default)s)",
+    )
+    coldstart.add_argument(
+        "--repeat",
+        type=positive(int),
+        default=1,
+        help="processes for each case (default: %(default)s)",
+    )
+    coldstart.add_argument(
+        "--dir", default=".bench", help="where checkpoints are made and kept (default: %(default)s)"
+    )
     coldstart.set_defaults(run=_coldstart)
 
 
@@ -94,10 +129,10 @@ def _add_kernels(commands) -> None:
     """decode, encode and prefill; each option sets the field of the bench's Sizes of its name."""
     shape = argparse.ArgumentParser(add_help=False, parents=[PLOT])
     shape.add_argument(
-        "--batch", type=_numbers, dest="batches", help="comma-separated numbers of sequences"
+        "--batch", type=numbers, dest="batches", help="comma-separated numbers of sequences"
     )
     shape.add_argument(
-        "--formats", type=_words, help="comma-separated, such as K4V4 (bits of keys, values)"
+        "--formats", type=_caches, help="comma-separated, such as K4V4 (bits of keys, values)"
     )
     shape.add_argument("--head-dim", type=int, choices=(64, 128, 256))
     shape.add_argument("--kv-heads", type=int)
@@ -112,7 +147,7 @@ def _add_kernels(commands) -> None:
         "xla alone on a small size.",
     )
     decode.add_argument(
-        "--seq", type=_numbers, dest="seqs", help="comma-separated tokens a sequence"
+        "--seq", type=numbers, dest="seqs", help="comma-separated tokens a sequence"
     )
     decode.add_argument("--group", type=int, help="query heads a KV head")
     encode = commands.add_parser(
@@ -124,7 +159,7 @@ def _add_kernels(commands) -> None:
         "bytes that have to be read and written. Without a GPU, xla alone on a small size.",
     )
     encode.add_argument(
-        "--tokens", type=_numbers, help="comma-separated tokens an append adds to a sequence"
+        "--tokens", type=numbers, help="comma-separated tokens an append adds to a sequence"
     )
     encode.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of new tokens")
     prefill = commands.add_parser(
@@ -136,7 +171,7 @@ def _add_kernels(commands) -> None:
         "cuDNN's bf16 attention of the whole prompt. Without a GPU, xla alone on a small size.",
     )
     prefill.add_argument(
-        "--seq", type=_numbers, dest="seqs", help="comma-separated tokens of a prompt"
+        "--seq", type=numbers, dest="seqs", help="comma-separated tokens of a prompt"
     )
     prefill.add_argument("--chunk", type=int, help="tokens read at a time")
     prefill.add_argument("--group", type=int, help="query heads a KV head")
@@ -148,7 +183,11 @@ def _kernel(args: argparse.Namespace) -> int:
     import jax
 
     bench = importlib.import_module(f"jaxgds.bench.{args.bench}")
-    sizes = bench.GPU if jax.devices()[0].platform == "gpu" else bench.CPU
+    try:
+        gpu = jax.devices()[0].platform == "gpu"
+    except (RuntimeError, AssertionError) as e:  # of a backend that does not start
+        raise ValueError(f"JAX has no device to run on: {e or 'see jaxgds doctor'}") from e
+    sizes = bench.GPU if gpu else bench.CPU
     names = [field.name for field in dataclasses.fields(sizes)]
     asked = {n: x for n in names if (x := getattr(args, n, None)) is not None}
     run = partial(bench.run, dataclasses.replace(sizes, **asked), args.formats or bench.FORMATS)
@@ -164,23 +203,41 @@ def _add_quality(commands) -> None:
         "compares the next-token distributions with those of a bf16 cache. The model code comes "
         "from the repository's examples/: run it from a checkout with the examples extra.",
     )
-    quality.add_argument("--model", default="smollm2", choices=("smollm2", "gemma3"))
-    quality.add_argument("--dir", default=".demo", help="where downloads are kept")
     quality.add_argument(
-        "--formats", type=_words, help="comma-separated, such as K4V4 (keys, values) or fp8"
+        "--model", default="smollm2", choices=("smollm2", "gemma3"), help="default: %(default)s"
     )
     quality.add_argument(
-        "--window", type=_numbers, default=(128,), help="newest tokens in bf16; comma-separated"
+        "--dir", default=".demo", help="where downloads are kept (default: %(default)s)"
     )
     quality.add_argument(
-        "--sinks", type=_numbers, default=(4,), help="first tokens in bf16; comma-separated"
+        "--formats", type=_caches, help="comma-separated, such as K4V4 (keys, values) or fp8"
     )
     quality.add_argument(
-        "--key-offset", default="on", choices=("on", "off", "both"), help="subtract a mean key"
+        "--window",
+        type=numbers,
+        default="128",
+        help="newest tokens in bf16; comma-separated (default: %(default)s)",
     )
-    quality.add_argument("--texts", type=int, help="how many texts are read")
-    quality.add_argument("--tokens", type=int, help="of each text")
-    quality.add_argument("--chunk", type=int, default=64, help="tokens read at a time")
+    quality.add_argument(
+        "--sinks",
+        type=numbers,
+        default="4",
+        help="first tokens in bf16; comma-separated (default: %(default)s)",
+    )
+    quality.add_argument(
+        "--key-offset",
+        default="on",
+        choices=("on", "off", "both"),
+        help="subtract a mean key (default: %(default)s)",
+    )
+    quality.add_argument("--texts", type=positive(int), help="how many texts are read")
+    quality.add_argument("--tokens", type=positive(int), help="of each text")
+    quality.add_argument(
+        "--chunk",
+        type=positive(int),
+        default=64,
+        help="tokens read at a time (default: %(default)s)",
+    )
     quality.set_defaults(run=_quality)
 
 
@@ -204,16 +261,8 @@ def _measure(args: argparse.Namespace, run: Callable[..., Any], bench: ModuleTyp
     The file of --json is written after every case, with "complete": false until the last: of a run
     that is killed it is what is left. SIGTERM (as of `timeout`) and Ctrl-C end a run with 130.
     """
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
+    with stopped_by_sigterm():
         return _measure_and_keep(args, run, bench)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, _: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
-    raise KeyboardInterrupt
 
 
 def _measure_and_keep(args: argparse.Namespace, run: Callable[..., Any], bench: ModuleType) -> int:
@@ -256,8 +305,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-_numbers.__name__ = "comma-separated numbers"  # for argparse's errors
+def _caches(text: str) -> tuple[str, ...]:
+    """Formats of caches; k4v4 is K4V4."""
+    return tuple(name if name in ("bf16", "fp8") else name.upper() for name in _words(text))

@@ -1,13 +1,19 @@
 """The commands, run as a user runs them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from importlib.metadata import version
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxgds import prepare
 from jaxgds.bench.checkpoints import FORMATS
 from jaxgds.cli import main
 
@@ -46,10 +52,102 @@ def test_doctor(checkpoint, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_doctor_where_jax_does_not_start(monkeypatch, capsys):
+    """As with JAX_PLATFORMS=cuda and no plugin, where JAX says nothing at all."""
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert main(["doctor"]) == 0
+    assert "JAX does not start" in (said := capsys.readouterr().out) and "=cuda" in said
+
+
+def test_errors_name_the_file_and_no_number(tmp_path, capsys):
+    assert main(["prepare", str(tmp_path), str(tmp_path)]) == 2
+    assert main(["plan", "llama-3.1-8b", "--rules", str(tmp_path / "no")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"jaxgds prepare: {tmp_path}: it is there already: remove it, or choose another"
+    assert second == f"jaxgds plan: {tmp_path / 'no'}: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "option", [["--json", "no/x.json"], ["--json", "."], ["--plot", "no/x.png"], ["--plot", "x.y"]]
+)
+def test_what_cannot_be_written_is_said_before_the_work(option, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "restore", "--dir", "made", *option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxgds bench restore: ") and error.count("\n") == 1
+    assert option[1].split("/")[0] in error and not os.listdir(tmp_path)
+
+
+def test_a_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
+    for name in ("matplotlib", "matplotlib.backend_bases"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["bench", "decode", "--plot", str(tmp_path / "x.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "llama-3.1-8b"], ["plan", "--table"]])
+def test_a_reader_that_goes_away(command):
+    """As `head` does, before the little that is to be written has left the buffer."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxgds", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_prepare_clears_up(number, checkpoint, tmp_path, monkeypatch, capsys):
+    convert = prepare._convert
+
+    def stopped(*args):
+        convert(*args)
+        assert os.listdir(tmp_path) == [".made.partial"]
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr(prepare, "_convert", stopped)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main(["prepare", str(checkpoint), str(tmp_path / "made")]) == 130
+    assert capsys.readouterr().err == "jaxgds prepare: stopped\n"
+    assert os.listdir(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_process_of_a_benchmark_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", "false")
+    assert main(["bench", "restore", "--dir", str(tmp_path)]) == 1
+    assert "a process of it failed with status 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--size", "0"), ("--size", "nan"), ("--repeat", "-1")])
+def test_numbers_of_a_benchmark_are_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "restore", *option])
+    assert f"invalid positive {'int' if option[0] == '--repeat' else 'float'} value" in (
+        capsys.readouterr().err
+    )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"jaxgds {version('jaxgds')}\n"
+
+
 def test_bench_restore_measures_every_format(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "jaxgds", "bench", "restore", "--dir", str(tmp_path / "bench")]
-        + ["--size", "0.1", "--repeat", "2", "--json", str(tmp_path / "out.json")],
+        [sys.executable, "-m", "jaxgds", "bench", "restore", "--dir", "bench"]
+        + ["--size", "0.1", "--repeat", "2", "--json", "out.json"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
