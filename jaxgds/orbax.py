@@ -249,9 +249,11 @@ def _sort_out(self, infos, args) -> tuple[dict[int, Any], dict[int, str]]:
 def _numpy_leaf(index: Index, info, arg) -> StoredArray:
     """One array to restore to the host; NotImplementedError says why it is Orbax's."""
     array = _stored(index, info)
-    stored = array.layout.dtype
-    if arg.dtype is not None and arg.dtype != stored:
-        raise NotImplementedError(f"a cast from {stored} to {np.dtype(arg.dtype)}, in numpy")
+    stored, dtype = array.layout.dtype, arg.dtype
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        dtype = None  # numpy has none: it gets the key data
+    if dtype is not None and dtype != stored:
+        raise NotImplementedError(f"a cast from {stored} to {np.dtype(dtype)}, in numpy")
     _check_chunks(array, info)
     array.check_stored()
     return array

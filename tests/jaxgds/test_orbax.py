@@ -435,6 +435,13 @@ def test_everything_as_numpy(tmp_path, tree, fmt):
             assert leaf.flags.writeable and leaf.flags.c_contiguous and leaf.flags.aligned
 
 
+def test_a_key_without_a_sharding_is_its_data_in_numpy(item, tree):
+    """Orbax's restore args of a target without shardings are for numpy arrays."""
+    target = {n: jax.ShapeDtypeStruct(tree[n].shape, tree[n].dtype) for n in ("keys", "rbg", "f32")}
+    got, report = both(item, target, partial_restore=True)
+    assert report.path == "host" and isinstance(got["keys"], np.ndarray)
+
+
 @pytest.mark.parametrize("way", ["PyTree", "Manager", "V1"])
 def test_numpy_and_device_arrays_are_in_one_report(tmp_path, way, pair):
     tree = {**pair, "n": np.arange(10), "m": np.ones((4, 4), np.float16), "step": 3}
