@@ -18,6 +18,7 @@ from jaxgds.progress import traced
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
 from jaxgds.safetensors import is_safetensors, open_safetensors
+from jaxgds.saved import SavedShardings
 
 
 def load(
@@ -35,8 +36,9 @@ def load(
         as a step of a `CheckpointManager` or an Orbax v1 checkpoint; or a safetensors file,
         a directory of them, or a `*.safetensors.index.json`.
       target: pytree of `jax.ShapeDtypeStruct` with `sharding` set, or an abstract `nnx.State`.
-        None gives what was saved: from Orbax, nested dicts and lists with the shardings of the
-        save; from safetensors, a flat dict of arrays committed to the default device.
+        Without a sharding it is that of the save, from safetensors the default device. None gives
+        what was saved: from Orbax, nested dicts and lists with the shardings of the save; from
+        safetensors, a flat dict of arrays committed to the default device.
       rename: safetensors only: tensor name -> name in `target`, its key path joined by dots
         (None leaves the tensor out).
       strict: raise `FallbackError` instead of restoring an array by slower means; None asks
@@ -74,7 +76,7 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
     try:
         if target is None:
             return checkpointer.restore(folder)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        restore_args = _restore_args(target, SavedShardings(folder, warn=False))
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         return checkpointer.restore(folder, args=args)
     except Exception:
@@ -82,6 +84,21 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
         raise
     finally:
         checkpointer.close()
+
+
+def _restore_args(target: Any, saved: SavedShardings) -> Any:
+    """What Orbax makes of `target`; but without a sharding that is a numpy array."""
+    import orbax.checkpoint as ocp
+
+    def made(path: tuple[Any, ...], leaf: Any, given: ocp.RestoreArgs) -> ocp.RestoreArgs:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding or name not in saved:
+            return given
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return ocp.ArrayRestoreArgs(dtype=leaf.dtype, shape=None if key else leaf.shape)
+
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return jax.tree_util.tree_map_with_path(made, target, restore_args)
 
 
 def _check_metadata(folder: str) -> None:

@@ -28,12 +28,26 @@ class SavedShardings:
         self._warn = warn
         self._strings: dict[str, str] | None = None
 
+    def __contains__(self, name: str) -> bool:
+        return bool(self._read().get(name))
+
     def get(self, name: str) -> Sharding:
         from orbax.checkpoint._src.metadata import sharding as sharding_metadata
 
+        text = self._read().get(name)
+        if not text:
+            raise NotImplementedError("no sharding was given and none was saved")
+        try:
+            return sharding_metadata.from_serialized_string(text).to_jax_sharding()
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as e:
+            raise CheckpointError(f"{self._file}: array {name!r}: damaged sharding: {e!r}") from e
+        except (ValueError, NotImplementedError) as e:
+            raise NotImplementedError(f"its saved sharding does not fit here: {e}") from e
+
+    def _read(self) -> dict[str, str]:
         if self._strings is None:
             if self._warn and os.path.exists(self._file):
-                warnings.warn(_FROM_FILE, stacklevel=2)
+                warnings.warn(_FROM_FILE, stacklevel=3)
             try:
                 with open(self._file, "rb") as f:
                     encoded = json.load(f)
@@ -44,15 +58,7 @@ class SavedShardings:
                 raise CheckpointError(f"{self._file}: cannot be read: {e}") from e
             except (ValueError, AttributeError, TypeError, RecursionError) as e:
                 raise CheckpointError(f"{self._file}: damaged sharding file: {e!r}") from e
-        text = self._strings.get(name)
-        if not text:
-            raise NotImplementedError("no sharding was given and none was saved")
-        try:
-            return sharding_metadata.from_serialized_string(text).to_jax_sharding()
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as e:
-            raise CheckpointError(f"{self._file}: array {name!r}: damaged sharding: {e!r}") from e
-        except (ValueError, NotImplementedError) as e:
-            raise NotImplementedError(f"its saved sharding does not fit here: {e}") from e
+        return self._strings
 
 
 def random_keys(folder: str) -> dict[str, str]:

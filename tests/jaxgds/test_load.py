@@ -131,6 +131,22 @@ def test_an_abstract_nnx_state(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # by Orbax, of a wrong shape
+def test_without_a_sharding_it_is_that_of_the_save(tmp_path, tree):
+    """As by a StandardCheckpointer; what was saved from numpy stays so."""
+    keys = put(jax.random.split(jax.random.key(0), 8), "x")
+    tree = {**tree, "keys": keys, "key": jax.random.key(1), "model": nnx.state(Model(nnx.Rngs(0)))}
+    tree["numpy"] = np.arange(3.0)
+    with ocp.StandardCheckpointer() as c:
+        c.save(tmp_path / "item", tree)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    got = jaxgds.load(tmp_path / "item", target, strict=True)
+    with ocp.StandardCheckpointer() as c:
+        oracle.assert_same(got, c.restore(tmp_path / "item", target))
+    with pytest.raises(ValueError, match=r"\(8, 8\).*\(16, 8\)"):
+        jaxgds.load(tmp_path / "item", {**target, "w": jax.ShapeDtypeStruct((8, 8), np.float32)})
+
+
 def test_lists_tuples_and_nested_containers(tmp_path):
     w = put(np.arange(8, dtype=np.int32))
     tree = {"list": [w, [w + 1, {"deep": (w + 2, w + 3)}]], "tuple": (w + 4,), "empty": {}}
