@@ -60,7 +60,7 @@ class SafetensorsIndex:
 def is_safetensors(path: str) -> bool:
     """Whether `path` is a safetensors file or index, or a directory of safetensors files."""
     if os.path.isdir(path):
-        return any(name.endswith(".safetensors") for name in os.listdir(path))
+        return any(name.endswith(".safetensors") for name in _visible(path))
     return path.endswith((".safetensors", ".safetensors.index.json"))
 
 
@@ -73,7 +73,7 @@ def open_safetensors(path: str) -> SafetensorsIndex:
     """
     files: dict[str, set[str] | None] = {}  # file -> the tensors to take; None takes all
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
+        names = _visible(path)
         indices = [n for n in names if n.endswith(".safetensors.index.json")]
         if len(indices) > 1:
             raise CheckpointError(f"{path}: has several indices, name one of {indices}")
@@ -97,6 +97,11 @@ def open_safetensors(path: str) -> SafetensorsIndex:
                 raise CheckpointError(f"{path}: tensor {name!r} is in two files, {file} is one")
             arrays[name] = array
     return SafetensorsIndex(path, arrays)
+
+
+def _visible(folder: str) -> list[str]:
+    """What is in it, but for what copying from a Mac leaves there: `._model.safetensors`."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 def read_header(file: str) -> dict[str, StoredArray | Tensor]:

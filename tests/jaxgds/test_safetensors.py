@@ -179,6 +179,16 @@ def test_index_json_and_directories(tmp_path):
         assert list(got) == ["b"] and same_bytes(got["b"], parts[1]["b"])
 
 
+def test_hidden_files_are_left_alone(tmp_path):
+    """A Mac that copies to other file systems leaves them beside the real ones."""
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7" * 20)
+    (tmp_path / "._model.safetensors.index.json").write_bytes(b"\0\5\x16\7" * 20)
+    with pytest.raises(jaxgds.CheckpointError, match="not an Orbax item directory"):
+        jaxgds.load(tmp_path)
+    save_file({"a": np.ones(4, np.float32)}, tmp_path / "model.safetensors")
+    assert list(jaxgds.load(tmp_path)) == ["a"]
+
+
 @pytest.mark.parametrize("file", ["../out.safetensors", "/out.safetensors", "a/../../out"])
 def test_an_index_must_stay_inside(tmp_path, file):
     index = tmp_path / "model.safetensors.index.json"
