@@ -46,7 +46,9 @@ QUESTIONS = ("When was the lighthouse built, and by whom?", "Summarise the text.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path(".demo"))
     parser.add_argument("--repeats", type=int, default=3, help="of each restore")
     parser.add_argument("--new-tokens", type=int, default=80)

@@ -39,7 +39,9 @@ class Restored:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path, help="folder with config.json and the checkpoint")
     parser.add_argument("--checkpoint", default="checkpoint", help="its name in that folder")
     parser.add_argument("--loader", choices=["orbax", "jaxgds"], required=True)

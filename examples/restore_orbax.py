@@ -29,7 +29,9 @@ class Model(nnx.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the checkpoints are")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
@@ -44,7 +46,7 @@ def main() -> None:
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     graph, state = nnx.split((model, optimizer))
     state = jax.device_put(state, jax.tree.map(lambda x: placed(x, mesh), state))
-    step, loss = 0, float("nan")
+    step, loss = 0, None
     with ocp.CheckpointManager(args.folder.resolve()) as manager:
         if (latest := manager.latest_step()) is not None:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -58,7 +60,7 @@ def main() -> None:
             if step % args.every == 0:
                 manager.save(step, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
-        print(f"step {step}: loss {float(loss):.9g}")
+        print(f"step {step}: " + (f"loss {float(loss):.9g}" if loss is not None else "done before"))
 
 
 def placed(x: jax.Array, mesh: Mesh) -> NamedSharding:
