@@ -26,6 +26,9 @@ class Config:
     @staticmethod
     def of(c: dict[str, Any], fp8: bool = False) -> "Config":
         """From a config.json of the Llama family. Raises ValueError for any other."""
+        needed = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")
+        if absent := [name for name in needed if name not in c]:
+            raise ValueError(f"config.json lacks {absent}: it is none of Hugging Face's")
         scaling, kind = None, (c.get("rope_scaling") or {}).get("rope_type")
         if kind == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor")

@@ -6,6 +6,7 @@ it. The shardings are those of configs/rules, and XLA splits the matrix products
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -135,6 +136,14 @@ class Llama(nnx.Module):
         x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         head = self.model.embed_tokens if self.config.tied else self.lm_head
         return head(self.model.norm(x)), longer
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """One axis, "tp", of so many devices; None: of all. Raises ValueError if there are fewer."""
+    found = np.array(jax.devices())
+    if devices is not None and not 1 <= devices <= found.size:
+        raise ValueError(f"{devices=}: JAX sees {found.size} here")
+    return Mesh(found[:devices], ("tp",))
 
 
 def abstract_model(c: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:

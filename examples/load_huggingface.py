@@ -11,13 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 import jaxgds
 from examples.llama_config import Config
-from examples.llama_tp import Llama, abstract_model
+from examples.llama_tp import Llama, abstract_model, make_mesh
 
 
 def load(path: Path, mesh: Mesh, prefix: str = "") -> Llama:
@@ -36,13 +35,17 @@ def load(path: Path, mesh: Mesh, prefix: str = "") -> Llama:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path, help="directory with config.json and *.safetensors")
     parser.add_argument("--devices", type=int, help="how many; default all")
     parser.add_argument("--prefix", default="", help="what the names in the files begin with")
     args = parser.parse_args()
-    mesh = Mesh(np.array(jax.devices()[: args.devices]), ("tp",))
-    model = load(args.path, mesh, args.prefix)
+    try:
+        model = load(args.path, make_mesh(args.devices), args.prefix)
+    except (OSError, ValueError) as e:  # a wrong path or option, or a damaged file
+        raise SystemExit(f"{type(e).__name__}: {e}") from e
     print(jaxgds.last_report())
     held, split = Counter(), Counter()
     for x in jax.tree.leaves(nnx.state(model)):

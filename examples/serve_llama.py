@@ -8,9 +8,9 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,19 @@ from jaxtyping import Array, Float, Int
 import jaxgds
 import pallas_kernels as pk
 from examples.llama_config import Config
-from examples.llama_tp import Llama, abstract_model
-from examples.sharded_cache import make_caches
+from examples.llama_tp import Llama, abstract_model, make_mesh
+from examples.sharded_cache import check_heads, make_caches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path, help="checkpoint with its config.json")
-    parser.add_argument("--prompt", action="append", help="text; needs its tokenizer.json")
-    parser.add_argument("--tokens", action="append", help="a prompt as numbers: 1,2,3")
+    parser.add_argument("--prompt", action="append", default=[], help="text; needs tokenizer.json")
+    parser.add_argument(
+        "--tokens", type=numbers, action="append", default=[], help="a prompt as numbers: 1,2,3"
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=256, help="prompt tokens read at a time")
     parser.add_argument("--bits", type=int, nargs=2, default=(4, 4), help="of keys and values")
@@ -40,21 +44,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    if not args.prompt and not args.tokens:
+        parser.error("nothing to answer: give a --prompt, or --tokens")
+    if min(args.new_tokens, args.chunk) < 1:
+        parser.error("--new-tokens and --chunk are at least 1")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {args.json.parent}")
     if args.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=30)  # Slurm, Kubernetes, ...
-    mesh = Mesh(np.array(jax.devices()[: args.devices]), ("tp",))
-    with jaxgds.fail_together() if args.distributed else nullcontext():
-        model = load(args.path, mesh)
-        prompts = [list(map(int, text.split(","))) for text in args.tokens or ()]
-        tokenizer = None
-        if args.prompt:
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(args.path / "tokenizer.json"))
-            prompts += [tokenizer.encode(text).ids for text in args.prompt]
+    with jaxgds.fail_together():  # of several processes
+        try:  # what is wrong with the options is said before the weights are read
+            fmt, mesh = pk.KVFormat(*args.bits), make_mesh(args.devices)
+            prompts, tokenizer = read_prompts(args.path, args.tokens, args.prompt)
+            model = load(args.path, mesh)
+        except (OSError, ValueError) as e:
+            raise SystemExit(f"{type(e).__name__}: {e}") from e
         start = time.perf_counter()
         how = (args.new_tokens, args.chunk, args.temperature, args.seed, ends(args.path))
-        answers = generate(model, prompts, pk.KVFormat(*args.bits), *how)
+        answers = generate(model, prompts, fmt, *how)
         seconds = time.perf_counter() - start
     if jax.process_index() == 0:
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -65,19 +72,48 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.json.write_text(json.dumps({"answers": answers, "seconds": seconds}))
 
 
+def numbers(text: str) -> list[int]:
+    return list(map(int, text.split(",")))
+
+
+def read_prompts(path: Path, tokens: list[list[int]], texts: list[str]) -> tuple[list, Any]:
+    """The prompts as numbers; and the tokenizer, where there are texts."""
+    vocabulary = Config.of(read_config(path)).vocab
+    prompts, tokenizer = list(tokens), None
+    if texts:
+        from tokenizers import Tokenizer
+
+        if not (file := path / "tokenizer.json").exists():
+            raise FileNotFoundError(f"{file} is missing: a --prompt needs it, --tokens do not")
+        tokenizer = Tokenizer.from_file(str(file))
+        prompts += [tokenizer.encode(text).ids for text in texts]
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("every prompt needs at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(f"a prompt has tokens that are none of the model's {vocabulary}")
+    return prompts, tokenizer
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    return json.loads((path / "config.json").read_text())
+
+
 def load(path: Path, mesh: Mesh) -> Llama:
     """The model on the mesh, from `jaxgds prepare`, Orbax, or Hugging Face's safetensors."""
-    config = json.loads((path / "config.json").read_text())
+    config = read_config(path)
     prepared = path / "jaxgds.json"
     fp8 = prepared.exists() and json.loads(prepared.read_text())["quantize"] == "fp8"
-    graph, state = abstract_model(Config.of(config, fp8), mesh)
+    c = Config.of(config, fp8)
+    check_heads(c.kv_heads, mesh)
+    graph, state = abstract_model(c, mesh)
     nnx.replace_by_pure_dict(state, jaxgds.load(path, nnx.to_pure_dict(state)))
     return nnx.merge(graph, state)
 
 
 def ends(path: Path) -> frozenset[int]:
     """The tokens that end an answer."""
-    found = json.loads((path / "config.json").read_text()).get("eos_token_id")
+    found = read_config(path).get("eos_token_id")
     return frozenset(found if isinstance(found, list) else () if found is None else (found,))
 
 

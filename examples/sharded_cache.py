@@ -21,14 +21,18 @@ def make_caches(
 
     Raises ValueError if the heads do not divide by the devices.
     """
-    if heads % mesh.shape["tp"]:
-        raise ValueError(
-            f"{heads} KV heads do not divide by the {mesh.shape['tp']} of mesh axis tp"
-        )
+    check_heads(heads, mesh)
     create = partial(pk.KVCache.create, fmt, batch, max_len, heads, head_dim)
     place = jax.tree.map(partial(NamedSharding, mesh), specs(jax.eval_shape(create)))
     make = jax.jit(create, out_shardings=place)
     return [make() for _ in range(layers)]
+
+
+def check_heads(heads: int, mesh: Mesh) -> None:
+    if heads % mesh.shape["tp"]:
+        raise ValueError(
+            f"{heads} KV heads do not divide by the {mesh.shape['tp']} of mesh axis tp"
+        )
 
 
 def specs(cache: pk.KVCache) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import small_llama
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
@@ -35,6 +36,8 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     stock = run("restore_orbax", tmp_path / "parts", "--steps", 6, "--every", 10, "--stock")
     assert "step 3: stock Orbax" in stock and loss[0] in stock
     ours = run("restore_orbax", tmp_path / "parts", "--steps", 6, "--every", 10)
+    again = run("restore_orbax", tmp_path / "whole", "--steps", 4)
+    assert "step 6: done before" in again
     assert "step 3: restored" in ours and "0 left to Orbax" in ours and loss[0] in ours
 
 
@@ -46,6 +49,14 @@ def test_safetensors_onto_a_mesh(tmp_path):
     matrices = sum(x.nbytes for x in weights.values() if x.ndim == 2)
     norms = sum(x.size for x in weights.values() if x.ndim == 1) * 4  # float32 in the model
     assert held == [matrices // 8 + norms] * 8
+
+
+@pytest.mark.parametrize(("path", "devices"), [("nowhere", "1"), (".", "0"), (".", "99")])
+def test_wrong_options_take_one_line(path, devices, tmp_path, monkeypatch):
+    small_llama.write(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / path), "--devices", devices])
+    with pytest.raises(SystemExit, match="nowhere" if path == "nowhere" else "devices="):
+        load_huggingface.main()
 
 
 def test_names_with_a_prefix(tmp_path):

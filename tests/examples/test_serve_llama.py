@@ -166,6 +166,39 @@ def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give a --prompt"),
+        (["--tokens", "1,x"], "invalid numbers value"),
+        (["--tokens", "1", "--new-tokens", "0"], "at least 1"),
+        (["--tokens", "1", "--json", "nowhere/out.json"], "no directory nowhere"),
+        (["--tokens", "1,320"], "none of the model's 320"),
+        (["--tokens=-1"], "none of the model's 320"),
+        (["--tokens", "1", "--bits", "5", "4"], "key_bits=5"),
+        (["--tokens", "1", "--devices", "99"], "devices=99"),
+        (["--tokens", "1", "--devices", "3"], "8 KV heads do not divide by the 3"),
+        (["--prompt", "text"], "tokenizer.json is missing"),
+    ],
+)
+def test_wrong_options_are_said_before_the_weights_are_read(
+    folder, weights, options, said, monkeypatch, capsys
+):
+    monkeypatch.setattr(serve_llama.jaxgds, "load", None)
+    with pytest.raises(SystemExit) as ended:
+        serve_llama.main([str(folder / "bf16"), *options])
+    assert said in f"{ended.value} {capsys.readouterr().err}"
+
+
+def test_wrong_paths_take_one_line(tmp_path):
+    for name, content in {"none": None, "other": "{}"}.items():
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "config.json").write_text(content)
+        with pytest.raises(SystemExit, match="config.json"):
+            serve_llama.main([str(tmp_path / name), "--prompt", "text"])
+
+
+@pytest.mark.parametrize(
     "change", [{"model_type": "qwen2"}, {"rope_scaling": {"rope_type": "yarn"}}]
 )
 def test_other_models_are_refused(change):

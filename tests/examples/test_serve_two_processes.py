@@ -125,4 +125,6 @@ def test_a_process_that_fails_makes_the_other_fail_with_its_reason(prepared, tmp
     outputs = finish(processes)
     assert [p.returncode == 0 for p in processes] == [False, False], outputs
     assert "CheckpointError" in outputs[1] and "rank00004" in outputs[1]
-    assert "process 1 failed: CheckpointError" in outputs[0] and "rank00004" in outputs[0]
+    assert (
+        "process 1 failed: SystemExit: CheckpointError" in outputs[0] and "rank00004" in outputs[0]
+    )
