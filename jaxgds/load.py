@@ -182,8 +182,9 @@ def _load_safetensors(
     if direct:
         arrays, done = restore.restore([wanted[name] for name in direct], strict=strict)
         result.update(zip(direct, arrays, strict=True))
-    with restore.own_settings():
-        result.update({name: _through_numpy(wanted[name]) for name in fallbacks})
+    result |= restore.undisturbed(
+        lambda: {name: _through_numpy(wanted[name]) for name in fallbacks}
+    )
     report.publish(
         dataclasses.replace(
             done,

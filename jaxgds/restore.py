@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,12 +108,7 @@ def restore(
     shards: dict[str, list] = {w.array.name: [] for w in wanted}
     for destination, array in zip(destinations, filled, strict=True):
         shards[destination.array].append((destination, array))
-    with own_settings():
-        restored = [
-            arrays.assemble(w.array.layout, w.sharding, shards[w.array.name], w.dtype)
-            for w in wanted
-        ]
-        jax.block_until_ready(restored)
+    restored = undisturbed(lambda: _assemble(wanted, shards))
     report = TransferReport(
         path=engine.path,
         bytes_read=bytes_read,
@@ -127,26 +122,40 @@ def restore(
     return restored, report
 
 
-@contextmanager
-def own_settings() -> Iterator[None]:
-    """For the programs of a restore, which the caller's settings are not meant for.
+def undisturbed[T](work: Callable[[], T]) -> T:
+    """What `work` returns, without the caller's mesh, transfer guards or trace.
 
-    They run on single devices, which need not be of the caller's mesh; they give out memory that is
-    not written yet, which may look like NaN, and cast what was saved, which may be NaN.
+    These hold for his thread, so that `work` has one of its own. It runs programs on single
+    devices, which need not be of his mesh.
     """
-    with (
-        jax.set_mesh(None),
-        jax.debug_nans(False),
-        jax.debug_infs(False),
-        jax.disable_jit(False),
-    ):
+    x64 = bool(jax.config.jax_enable_x64)
+
+    def run() -> T:
+        with jax.enable_x64(x64), _unchecked():
+            return work()
+
+    return watched(run)
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """For programs that give out memory not written yet, which may look like NaN, or cast NaN."""
+    with jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False):
         yield
 
 
 class _Allocation(arrays.Allocation):
     def _run(self) -> None:
-        with own_settings():
+        with _unchecked():
             super()._run()
+
+
+def _assemble(
+    wanted: Sequence[Wanted], shards: Mapping[str, list[tuple[Destination, jax.Array]]]
+) -> list[jax.Array]:
+    return jax.block_until_ready(
+        [arrays.assemble(w.array.layout, w.sharding, shards[w.array.name], w.dtype) for w in wanted]
+    )
 
 
 def _log_plan(plan: Plan) -> None:

@@ -836,6 +836,26 @@ def test_settings_of_the_caller(tmp_path, tree, setting):
     oracle.assert_same(ours, stock)
 
 
+@pytest.mark.parametrize("transformed", [jax.vmap, jax.grad, jax.jit])
+def test_while_something_is_traced(item, tree, transformed):
+    """Constants of a model, say, that it restores when it is first called."""
+    target = {name: abstract(tree[name]) for name in ("f32", "replicated", "int4")}
+    restored = []
+
+    def call(x):
+        with jax.ensure_compile_time_eval():
+            args = ocp.checkpoint_utils.construct_restore_args(target)
+            args = ocp.args.PyTreeRestore(target, args, partial_restore=True)
+            with ocp.PyTreeCheckpointer() as c:
+                restored.append(c.restore(item, args=args))
+        return x.sum()
+
+    for context in (threading.Lock(), jaxgds.orbax.installed(strict=True)):
+        with context:
+            transformed(lambda x: call(x))(jnp.ones(3))
+    oracle.assert_same(*restored)
+
+
 def test_memory_that_is_not_written_yet_may_look_like_nan(tmp_path):
     """JAX_DEBUG_NANS, which holds for all threads, looks at what a program returns."""
     tree = {name: put(np.full((512, 64), np.nan, np.float32), "x") for name in ("a", "b")}
