@@ -1,6 +1,7 @@
 """What keeps a restore from its best speed, and the command that changes it. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -8,6 +9,9 @@ from typing import Any
 GDS_KINDS = ("ext4", "xfs", "lustre", "nfs", "nfs4", "beegfs", "gpfs", "wekafs")
 # One H100 takes what this many cores read from the page cache.
 CORES_PER_GPU = 8
+# Of a checkout, wherever the command runs; a wheel has none.
+_NVME = Path(__file__).parents[1] / "configs" / "cufile" / "nvme.json"
+NVME_JSON = str(_NVME) if _NVME.exists() else "configs/cufile/nvme.json (of the repository)"
 # Share of a checkpoint that direct reads should find at multiples of 4 KiB.
 ALIGNED = 0.95
 
@@ -45,7 +49,7 @@ def _no_nvidia_fs(found: Found) -> Iterator[str]:
             "No nvidia-fs driver, so GPUDirect Storage cannot be used; reads go through pinned "
             "host memory, which is as fast as the PCIe link wherever the storage is slower. "
             "Run: sudo apt install nvidia-gds && sudo modprobe nvidia-fs; or, for local NVMe on "
-            "Linux 6.2 and newer: export CUFILE_ENV_PATH_JSON=configs/cufile/nvme.json"
+            f"Linux 6.2 and newer: export CUFILE_ENV_PATH_JSON={NVME_JSON}"
         )
 
 

@@ -252,6 +252,7 @@ def part(mesh: Mesh, spec: Any, rank: int) -> tuple[int, ...]:
 
 
 def kv_name(kv: KV) -> str:
+    """What `read_kv` reads: bf16, fp8, or a name such as K4V4."""
     return kv if isinstance(kv, str) else f"K{kv.key_bits}V{kv.value_bits}"
 
 
