@@ -35,7 +35,10 @@ class Config:
             length = c["rope_scaling"]["original_max_position_embeddings"]
             scaling = (*(c["rope_scaling"][name] for name in names), length)
         if c["model_type"] != "llama" or kind not in (None, "default", "llama3"):
-            raise ValueError(f"{c['model_type']=} with {kind=} is no Llama that this file knows")
+            raise ValueError(
+                f"config.json: model_type={c['model_type']!r}, rope_type={kind!r}: only Llama is "
+                "known here, with RoPE as in Llama 1 to 3"
+            )
         heads = c["num_attention_heads"]
         head_dim = c.get("head_dim") or c["hidden_size"] // heads
         return Config(

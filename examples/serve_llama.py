@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: there is no directory {args.json.parent}")
     if args.distributed:
-        jax.distributed.initialize(heartbeat_timeout_seconds=30)  # Slurm, Kubernetes, ...
+        try:  # Slurm, Kubernetes, ...
+            jax.distributed.initialize(heartbeat_timeout_seconds=30)
+        except ValueError as e:
+            parser.error(f"--distributed: nothing says which process this is of how many: {e}")
     with jaxgds.fail_together():  # of several processes
         try:  # what is wrong with the options is said before the weights are read
             fmt, mesh = pk.KVFormat(*args.bits), make_mesh(args.devices)

@@ -189,6 +189,16 @@ def test_wrong_options_are_said_before_the_weights_are_read(
     assert said in f"{ended.value} {capsys.readouterr().err}"
 
 
+def test_distributed_without_a_cluster(monkeypatch, capsys):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit):
+        serve_llama.main(["nowhere", "--tokens", "1", "--distributed"])
+    assert "coordinator_address" in capsys.readouterr().err
+
+
 def test_wrong_paths_take_one_line(tmp_path):
     for name, content in {"none": None, "other": "{}"}.items():
         (tmp_path / name).mkdir()
