@@ -113,6 +113,8 @@ def _check_metadata(folder: str) -> None:
 
 def item_directory(path: str) -> str:
     """`path`, or the only Orbax item directory inside it."""
+    if os.path.isfile(path):
+        raise CheckpointError(f"{path}: a file, but neither safetensors nor a checkpoint directory")
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if os.path.exists(os.path.join(path, "_METADATA")):
@@ -122,7 +124,8 @@ def item_directory(path: str) -> str:
     if len(items) == 1:
         return items[0]
     deeper = glob.glob(os.path.join(glob.escape(path), "*", "*", "_METADATA"))
-    steps = sorted({file.split(os.sep)[-3] for file in deeper})
+    # By number, where they are numbers.
+    steps = sorted({file.split(os.sep)[-3] for file in deeper}, key=lambda x: (len(x), x))
     if items:
         why = f"it holds {len(items)} of them: {[os.path.basename(i) for i in items]}, name one"
     elif steps:

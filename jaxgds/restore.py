@@ -84,7 +84,7 @@ def restore(
     destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
     _check_room(destinations, dtypes)
-    allocation = _Allocation(destinations, [dtypes[d.array] for d in destinations])
+    allocation = arrays.Allocation(destinations, [dtypes[d.array] for d in destinations])
     buffers = allocation.buffers
     bytes_read, planned = 0, start
 
@@ -131,23 +131,10 @@ def undisturbed[T](work: Callable[[], T]) -> T:
     x64 = bool(jax.config.jax_enable_x64)
 
     def run() -> T:
-        with jax.enable_x64(x64), _unchecked():
+        with jax.enable_x64(x64), arrays.unchecked():
             return work()
 
     return watched(run)
-
-
-@contextmanager
-def _unchecked() -> Iterator[None]:
-    """For programs that give out memory not written yet, which may look like NaN, or cast NaN."""
-    with jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False):
-        yield
-
-
-class _Allocation(arrays.Allocation):
-    def _run(self) -> None:
-        with _unchecked():
-            super()._run()
 
 
 def _assemble(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 DEFAULT_TIMEOUT = 300.0  # seconds
 MAX_TIMEOUT = 1e6
 INTERRUPTED = 0.5  # seconds that Ctrl-C waits for threads
-SWITCH = 5e-4  # seconds that a thread may keep the interpreter while readers wait for it
+SWITCH = 1e-4  # seconds that a thread may keep the interpreter while readers wait for it
 
 type Target = Callable[[threading.Event], None]
 

@@ -9,6 +9,8 @@ import sys
 import ml_dtypes
 import numpy as np
 
+from jaxgds.output import check_space
+
 
 SHAPE = (8192, 8192)  # one weight matrix: 128 MiB of bf16
 COLUMNS = 8  # chunks of the column-sharded checkpoint
@@ -31,6 +33,7 @@ def make(folder: str, formats: tuple[str, ...], nbytes: int) -> dict[str, str]:
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={COLUMNS}"
         os.makedirs(folder, exist_ok=True)
+        check_space(folder, nbytes)
         subprocess.run(
             [sys.executable, "-m", "jaxgds.bench.checkpoints", name, path, str(count)],
             check=True,

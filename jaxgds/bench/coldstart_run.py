@@ -131,6 +131,8 @@ def kept(file: Path, arguments: tuple, mesh: Any) -> Any:
     import jax
     from jax.experimental.serialize_executable import deserialize_and_load
 
+    import pallas_kernels.mosaic  # noqa: F401  (loads the library that its kernels are linked with)
+
     payload, results = pickle.loads(file.read_bytes())
     arguments_of = jax.tree.structure((arguments, {}))
     devices = list(mesh.devices.flat)

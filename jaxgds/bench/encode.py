@@ -142,7 +142,8 @@ def difference(one: pk.KVCache, other: pk.KVCache) -> float:
             raise ArithmeticError(f"wrong: {name} differs from xla's")
     for name in ("k_scale", "v_scale", "key_offset"):
         a, b = (np.asarray(getattr(x, name)).astype(np.float32) for x in (one, other))
-        if not np.allclose(a, b, rtol=2.0**-7, atol=1e-5):
+        # A number that is as near to two levels changes its vector's scale by up to a hundredth.
+        if not np.allclose(a, b, rtol=2.0**-6, atol=1e-5):
             raise ArithmeticError(f"wrong: {name} differs from xla's")
     # So many whatever the size of the pool: unpacking is compiled once for a format.
     pages = np.linspace(0, len(one.k_scale) - 1, _CHECKED).round().astype(int)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -183,14 +184,16 @@ def test_a_sharding_that_does_not_divide(folders, tree):
 def test_what_is_not_a_checkpoint(tmp_path, folders):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("not a checkpoint")
-    for path in ("missing", "empty", "text"):
-        with pytest.raises(CheckpointError, match=str(tmp_path / path)):
+    for path, why in {"missing": "no such", "empty": "no _METADATA", "text": "a file"}.items():
+        with pytest.raises(CheckpointError, match=f"{tmp_path / path}: .*{why}"):
             jaxgds.load(tmp_path / path)
     (tmp_path / "cut off" / "ocdbt.process_0").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="not completed"):
         jaxgds.load(tmp_path / "cut off")
-    with pytest.raises(CheckpointError, match=r"CheckpointManager.*\['7'\], name one"):
-        jaxgds.load(folders["manager step"].parent)
+    for step in ("7", "10"):
+        shutil.copytree(folders["manager step"], tmp_path / "steps" / step)
+    with pytest.raises(CheckpointError, match=r"CheckpointManager.*\['7', '10'\], name one"):
+        jaxgds.load(tmp_path / "steps")
 
 
 def test_two_items(tmp_path, tree):

@@ -155,7 +155,7 @@ def test_no_limit(monkeypatch, text):
         read_timeout()
 
 
-@pytest.mark.parametrize(("own", "during"), [(0.003001, 0.0005), (0.0001, 0.0001)])
+@pytest.mark.parametrize(("own", "during"), [(0.003001, 0.0001), (0.00005, 0.00005)])
 def test_threads_give_the_interpreter_back_quickly_while_readers_run(own, during):
     before = sys.getswitchinterval()
     seen = []
