@@ -1,9 +1,11 @@
 """Restores again and again, some of them damaged; prints what the process holds before and after.
 
-Arguments: how many restores; then checkpoints, those whose names begin with "bad" are damaged.
+On a GPU by one engine and then the other. Arguments: how many restores; then checkpoints, those
+whose names begin with "bad" are damaged.
 """
 
 import gc
+import importlib.util
 import json
 import os
 import sys
@@ -15,6 +17,10 @@ import orbax.checkpoint as ocp
 
 import jaxgds
 import jaxgds.orbax
+
+
+DEVICE = jax.devices()[0]
+ENGINES = ["pinned"] + ["gds"] * (importlib.util.find_spec("kvikio") is not None)
 
 
 def restore(path: str, number: int) -> None:
@@ -37,6 +43,7 @@ def held() -> dict[str, int]:
         "python threads": threading.active_count(),
         "threads": len(os.listdir("/proc/self/task")),
         "arrays": len(jax.live_arrays()),
+        "device bytes": (DEVICE.memory_stats() or {}).get("bytes_in_use", 0),
         "bytes": resident(),
     }
 
@@ -48,6 +55,8 @@ def main() -> None:
 
     def run(number: int) -> None:
         path = paths[number % len(paths)]
+        if DEVICE.platform == "gpu":
+            os.environ["JAXGDS_ENGINE"] = ENGINES[number // len(paths) % len(ENGINES)]
         try:
             restore(path, number)
             outcomes["restored"] += 1
