@@ -17,7 +17,9 @@ THREADS_PER_GPU = 32
 COPIERS_PER_GPU = 12
 SLOTS = 2
 # On an H100 4, 8 and 16 MiB gave 45.9, 46.1 and 35.6 GB/s in one piece, and 34.0, 39.8 and 34.3 in
-# rows of 2 KiB (10 GB in memory); 4 MiB now and then a third less.
+# rows of 2 KiB (10 GB in memory); 4 MiB now and then a third less. Not yet used: on another H100's
+# Xeon 12 threads read 53 GB/s from tmpfs into rings of 2 or 4 MiB each, which stay in a core's
+# cache, and 25 to 29 into rings of 8 or 16; the copies' submissions, 30 us each, stand against it.
 SLOT_BYTES = scatter.MAX_STAGED
 # A slot has room for a read that is widened to whole blocks at both ends.
 MARGIN = 2 * 4096
