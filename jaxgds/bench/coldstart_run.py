@@ -41,12 +41,11 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     starting = pool.submit(start_devices) if loader != "naive" else None
     import orbax.checkpoint as ocp
     from flax import nnx
-    from jax.sharding import Mesh
 
     import pallas_kernels as pk
     from examples import serve_llama
     from examples.llama_config import Config
-    from examples.llama_tp import abstract_model
+    from examples.llama_tp import abstract_model, make_mesh
     from examples.sharded_cache import make_caches
 
     done("imports")
@@ -61,7 +60,7 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     config = json.loads((folder / "config.json").read_text())
     fp8 = json.loads((folder / "jaxgds.json").read_text())["quantize"] == "fp8"
     c = Config.of(config, fp8)
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
+    mesh = make_mesh(devices)
     graph, state = abstract_model(c, mesh)
     target = nnx.to_pure_dict(state)
     tokens = np.arange(prompt, dtype=np.int32)[None] % c.vocab
