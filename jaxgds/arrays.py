@@ -83,7 +83,7 @@ class Allocation:
 
     def _run(self) -> None:
         try:
-            with jax.enable_x64(self._x64), unchecked():
+            with own_settings(self._x64):
                 for call, done in zip(self._calls, self._done, strict=True):
                     done.set_result(self._allocate(call))
         except BaseException as e:
@@ -105,9 +105,17 @@ class Allocation:
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
-    """For programs that give out memory not written yet, which may look like NaN, or cast NaN."""
-    with jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False):
+def own_settings(x64: bool) -> Iterator[None]:
+    """For a thread of a restore: the caller's x64, and no checks.
+
+    Its programs give out memory not written yet, which may look like NaN, or cast NaN.
+    """
+    with (
+        jax.enable_x64(x64),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+    ):
         yield
 
 

@@ -131,7 +131,7 @@ def undisturbed[T](work: Callable[[], T]) -> T:
     x64 = bool(jax.config.jax_enable_x64)
 
     def run() -> T:
-        with jax.enable_x64(x64), arrays.unchecked():
+        with arrays.own_settings(x64):
             return work()
 
     return watched(run)

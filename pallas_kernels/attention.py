@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import device, xla
@@ -40,7 +39,7 @@ def attend(
         cache = cache.append(k, v, lengths, implementation)
         return decode_attention(q[:, 0], cache, scale, implementation, **options)[:, None], cache
     out = prefill_attention(q, k, v, cache, scale, lengths, implementation, **options)
-    if _traced(out, cache):
+    if device.traced(out, cache):
         out, cache = jax.lax.optimization_barrier((out, cache))
     return out, cache.append(k, v, lengths, implementation)
 
@@ -156,13 +155,9 @@ def _choose(implementation: str | None, plain, kernel, q: Array, *rest, able=lam
         return kernel(q, *rest)
     if implementation == "xla" or device.compute_capability(q) != "9.0" or not able():
         return plain(q, *rest)
-    if _traced(q, *rest):  # where it will run is certain only once it is lowered
+    if device.traced(q, *rest):
         return jax.lax.platform_dependent(q, *rest, cuda=kernel, default=plain)
     return kernel(q, *rest)
-
-
-def _traced(*trees: object) -> bool:
-    return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
 
 
 def _check_chunk(q: Array, k: Array, v: Array, cache: KVCache) -> None:

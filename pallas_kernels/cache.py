@@ -163,8 +163,7 @@ class KVCache:
             return self._append_kernel(k, v, count)
         if implementation == "xla" or device.compute_capability(self.lengths) != "9.0":
             return self._append(k, v, count)
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves((self, k, v, count))):
-            # Where it will run is certain only once it is lowered.
+        if device.traced(self, k, v, count):
             return jax.lax.platform_dependent(
                 self, k, v, count, cuda=KVCache._append_kernel, default=KVCache._append
             )

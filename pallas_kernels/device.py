@@ -18,6 +18,11 @@ def of(x: Array) -> jax.Device:
     return default or jax.local_devices()[0]
 
 
+def traced(*trees: object) -> bool:
+    """Whether any array in these is: where it will run is then certain only once it is lowered."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
+
+
 def compute_capability(x: Array) -> str | None:
     """The compute capability of the GPU of `x`, such as "9.0"; None where that is no NVIDIA GPU."""
     device = of(x)

@@ -182,8 +182,8 @@ def _kernel(
         return lax.rem(i - start, stages)
 
     def produce():
-        tables = levels.load_tables(given.tables, interpret)
-        sides = prefill_block.sides(fmt, tables, given.sources, tiles, barriers, (batch, head))
+        words = levels.load_tables(given.tables, interpret)
+        sides = prefill_block.sides(fmt, words, given.sources, tiles, barriers, (batch, head))
         produce_tiles(fmt, given.table.at[batch], (start, packed, end), sides, interpret)
 
     def consume(number):

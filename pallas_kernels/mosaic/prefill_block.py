@@ -121,12 +121,12 @@ def _stages(d: int, rows: int, tile: int, code_bytes: int) -> tuple[int, int]:
 
 
 def sides(
-    fmt: KVFormat, tables, given: Sources, to: Tiles, barriers: Barriers, at, used: int = 0
+    fmt: KVFormat, words, given: Sources, to: Tiles, barriers: Barriers, at, used: int = 0
 ) -> tuple[Side, Side]:
-    """Keys and values of one sequence and KV head, which `at` are."""
+    """Keys and values of one sequence and KV head, which `at` are; words: `levels.load_tables`."""
     return both_sides(
         fmt,
-        tables,
+        words,
         [plane.at[:, at[1]] for plane in given.planes],
         to.codes,
         (given.k_scale.at[at], given.v_scale.at[at]),

@@ -137,8 +137,8 @@ def _kernel(options: Options, given: Inputs, out, q_s, tiles: Tiles, barriers: B
     whole = jnp.maximum(jnp.minimum(whole, end), left)
     # Before and after the keys, the places of keys take what rotates queries and results.
     used, width = pieces(d, tile)
-    tables = levels.load_tables(given.tables, interpret)
-    sides = prefill_block.sides(fmt, tables, given.sources, tiles, barriers, (batch, head), used)
+    words = levels.load_tables(given.tables, interpret)
+    sides = prefill_block.sides(fmt, words, given.sources, tiles, barriers, (batch, head), used)
 
     def rotation(number, first_use):
         keys = sides[0]

@@ -198,13 +198,17 @@ def test_works_in_64_bits_with_strict_promotion():
         np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
 
 
+def temporary_bytes(function, *arguments) -> int:
+    analysis = function.lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 def test_memory_of_decode_does_not_grow_with_the_cache():
     def temporary(max_len):
         cache = jax.eval_shape(lambda: pk.KVCache.create(pk.KVFormat(), 1, max_len, 1, 64))
         q = jax.ShapeDtypeStruct((1, 4, 64), jnp.bfloat16)
-        analysis = jax.jit(pk.decode_attention).lower(q, cache).compile().memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
+        return temporary_bytes(jax.jit(pk.decode_attention), q, cache)
 
     assert temporary(1 << 17) < 1.1 * temporary(1 << 12)
 
@@ -214,10 +218,7 @@ def test_attend_appends_in_place_to_a_donated_cache(new):
     def temporary(max_len):
         cache = jax.eval_shape(lambda: pk.KVCache.create(pk.KVFormat(), 1, max_len, 1, 64))
         q, k = (jax.ShapeDtypeStruct((1, new, heads, 64), jnp.bfloat16) for heads in (4, 1))
-        compiled = jax.jit(pk.attend, donate_argnums=3).lower(q, k, k, cache).compile()
-        analysis = compiled.memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
+        return temporary_bytes(jax.jit(pk.attend, donate_argnums=3), q, k, k, cache)
 
     assert temporary(1 << 17) < 1.1 * temporary(1 << 12)
 

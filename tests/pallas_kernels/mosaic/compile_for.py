@@ -4,8 +4,7 @@ TARGET: a GpuTargetConfig in text form. OUT: an existing directory for the dumps
 list of {"kernel": a function of this module, its parameters after the architecture...}; each leaves
 its dumps in OUT/<its index>, and beside them how many kernels a call launches (`launches`) and how
 many arrays of packed codes it copies (`copies`). A kernel that a case before has compiled leaves
-no dumps again. One process per target: jax's compile
-cache does not know the target.
+no dumps again. One process per target: jax's compile cache does not know the target.
 """
 
 import json
