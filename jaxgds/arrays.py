@@ -43,7 +43,9 @@ class Allocation:
     """Uninitialised memory for each destination, on the first of its devices.
 
     Compiling the programs that allocate takes longer than many a read, so it happens in the
-    background: `buffers` are there at once, each one's `pointer` when its memory is.
+    background: `buffers` are there at once, each one's `pointer` when its memory is. Only the first
+    program is waited for until it is lowered, for that is Python, which whatever the caller does
+    next would slow down several times.
 
     Attributes:
       buffers: one per destination.
@@ -67,8 +69,10 @@ class Allocation:
             Buffer(slots[i], math.prod(d.shape) * t.itemsize, d.devices[0])
             for i, (d, t) in enumerate(zip(destinations, dtypes, strict=True))
         ]
-        self._thread = threading.Thread(target=self._run, name="jaxgds-allocate")
+        lowered = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(lowered,), name="jaxgds-allocate")
         self._thread.start()
+        lowered.wait()
 
     def arrays(self) -> list[jax.Array]:
         """One single-device array per destination; waits until all are allocated."""
@@ -81,21 +85,28 @@ class Allocation:
             raise RuntimeError("XLA returned one buffer for two arrays; please report this")
         return [made[i] for i in range(len(self.buffers))]
 
-    def _run(self) -> None:
+    def _run(self, lowered: threading.Event) -> None:
         try:
             with own_settings(self._x64):
                 for call, done in zip(self._calls, self._done, strict=True):
-                    done.set_result(self._allocate(call))
+                    done.set_result(self._allocate(call, lowered))
         except BaseException as e:
             for done in self._done:
                 if not done.done():
                     done.set_exception(e)
+        finally:
+            lowered.set()
 
-    def _allocate(self, call: "_Call") -> dict[int, jax.Array]:
+    def _allocate(self, call: "_Call", lowered: threading.Event) -> dict[int, jax.Array]:
         (devices,) = {tuple(self.buffers[i].device for i in batch) for _, batch in call}
+        # A mesh needs an axis to shard; scalars are not worth a program.
+        sized = tuple((shape, dtype) for (shape, dtype), _ in call if shape)
+        program = _program(sized, devices, self._x64) if sized else None
+        lowered.set()
+        results = iter(program.compiled() if program else ())
         arrays: dict[int, jax.Array] = {}
-        made = _empty(tuple(spec for spec, _ in call), devices)
-        for (_, batch), shards in zip(call, made, strict=True):
+        for (shape, dtype), batch in call:
+            shards = _shards(next(results), devices) if shape else _scalars(dtype, devices)
             arrays.update(zip(batch, shards, strict=True))
         jax.block_until_ready(list(arrays.values()))
         for i, array in arrays.items():
@@ -211,15 +222,24 @@ def _call_nbytes(call: _Call) -> int:
     return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call)
 
 
-def _empty(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> list[list[jax.Array]]:
-    """Per spec, one uninitialised array on each of `devices`."""
-    # A mesh needs an axis to shard; scalars are not worth a program.
-    sized = tuple((shape, dtype) for shape, dtype in specs if shape)
-    results = iter(empty_program(sized, devices)() if sized else ())
-    return [_shards(next(results), devices) if s else _scalars(t, devices) for s, t in specs]
+class _Program:
+    """An `empty_program`, lowered at once and compiled when it is first wanted."""
+
+    def __init__(self, specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]):
+        self._lowered = empty_program(specs, devices).lower()
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        return self._lowered.compile()
 
 
 @functools.lru_cache(maxsize=4096)
+def _program(
+    specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...], x64: bool
+) -> _Program:  # x64: JAX's setting, on which it depends what it gives for 64-bit dtypes
+    return _Program(specs, devices)
+
+
 def empty_program(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> jax.stages.Wrapped:
     """A jitted function: per spec, an array of which each device has one uninitialised shard.
 

@@ -12,7 +12,7 @@ from jaxgds.zarr import Codec
 
 
 # Segments that are scattered are staged whole, so they must fit into a slot of a staging ring.
-MAX_STAGED = 8 << 20
+MAX_STAGED = 4 << 20
 # Runs at least this long are worth a read of their own; shorter ones are read
 # together, with the gaps between them, and scattered.
 MIN_RUN = 64 << 10

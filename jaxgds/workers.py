@@ -80,10 +80,19 @@ class reading:
 
     def __enter__(self) -> None:
         check_stop()
-        _reads[threading.get_ident()] = time.monotonic(), *self._what
+        waits(time.monotonic(), *self._what)
 
     def __exit__(self, *_: object) -> None:
-        _reads.pop(threading.get_ident(), None)
+        waits_no_more()
+
+
+def waits(since: float, file: str, array: str) -> None:
+    """The calling thread waits for a read of `file` that began at `since`, of time.monotonic."""
+    _reads[threading.get_ident()] = since, file, array
+
+
+def waits_no_more() -> None:
+    _reads.pop(threading.get_ident(), None)
 
 
 def read_timeout() -> float:
@@ -104,14 +113,14 @@ def read_timeout() -> float:
 
 def run_threads(
     targets: Sequence[Target],
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], Sequence[Target]] = tuple,
     left_behind: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs each target on a thread; on the first failure tells all to stop, joins, and raises it.
 
     Args:
       targets: each takes the event that tells it to stop.
-      meanwhile: runs on the calling thread.
+      meanwhile: runs on the calling thread, and returns targets to run too.
       left_behind: is called if an error is raised while threads still hang in a read.
 
     Raises:
@@ -133,16 +142,20 @@ def run_threads(
             failed.append(e)
             stop.set()
 
-    # Daemons, for one that hangs must not keep the process from ending.
-    threads = [threading.Thread(target=run, args=(t,), name="jaxgds", daemon=True) for t in targets]
     started: list[threading.Thread] = []
+
+    def start(targets: Sequence[Target]) -> None:
+        for target in targets:
+            # Daemons, for one that hangs must not keep the process from ending.
+            thread = threading.Thread(target=run, args=(target,), name="jaxgds", daemon=True)
+            thread.start()
+            started.append(thread)
+
     try:
         with _quick_switches:
-            for thread in threads:
-                thread.start()
-                started.append(thread)
+            start(targets)
             begin.set()  # not earlier: the kernel makes no thread while another one pins memory
-            meanwhile()
+            start(meanwhile())
             _join(started, stop, timeout)
     except BaseException as e:
         stop.set()

@@ -121,11 +121,16 @@ def wait(event: int) -> None:
 
     Looks at it again and again: to be woken takes an interrupt and half the time of a slot's copy.
     """
-    query = _queueing()["cuEventQuery"]
-    while (status := query(event)) == _NOT_READY:
+    while not done(event):
         time.sleep(_NAP)
-    if status:
+
+
+def done(event: int) -> bool:
+    """Whether what was queued before `event` is done."""
+    status = _queueing()["cuEventQuery"](event)
+    if status not in (0, _NOT_READY):
         raise CudaError(f"cuEventQuery: {_reason(driver(), status)}")
+    return not status
 
 
 @functools.cache

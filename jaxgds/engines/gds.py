@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda, cufile
+from jaxgds.engines.copier import copy_pieces
 from jaxgds.engines.cufile import CuFileError, Staging
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.gds_proof import direct_reads, start_counting
 from jaxgds.engines.gds_proof import missing as missing
 from jaxgds.engines.host import direct, truncated
-from jaxgds.engines.pinned import PinnedEngine, copy_pieces, ordinal_of
+from jaxgds.engines.pinned import PinnedEngine, ordinal_of
 from jaxgds.engines.posix import BLOCK
 from jaxgds.engines.ring import near
 from jaxgds.index import Extent

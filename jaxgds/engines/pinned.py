@@ -3,21 +3,20 @@
 import functools
 import io
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jaxgds.engines import cuda
+from jaxgds.engines import aio, cuda
+from jaxgds.engines.copier import Copier, scatter
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.posix import DirectFile, direct_files
-from jaxgds.engines.ring import COPIERS_PER_GPU, Lane, Ring, Slot, near
-from jaxgds.engines.strided import boxes
+from jaxgds.engines.ring import COPIERS_PER_GPU, Copies, Lane, Ring, Slot, near
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
-from jaxgds.scatter import Piece, Segment
-from jaxgds.workers import run_threads
+from jaxgds.workers import Target, run_threads
 
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PinnedEngine:
-    """Reads onto GPUs; one thread per lane of the process's pinned ring.
+    """Reads onto GPUs through the process's pinned ring.
 
     Args:
       ring: None takes the ring that all restores of this process share.
@@ -38,6 +37,7 @@ class PinnedEngine:
 
     def __init__(self, ring: Ring | None = None):
         cuda.driver()
+        aio.limit_threads(COPIERS_PER_GPU * cuda.count())
         self.note = ""
         self._ring = ring or _process_ring()
 
@@ -57,7 +57,11 @@ def _process_ring() -> Ring:
 
 
 class _Restore:
-    """One call of `read`."""
+    """One call of `read`.
+
+    Each lane's thread pins the lane, decodes what is compressed, and leaves its slots to the
+    copier of its GPU.
+    """
 
     def __init__(
         self,
@@ -70,105 +74,103 @@ class _Restore:
         self._ring, self._buffers, self._arrived = ring, buffers, arrived
         self._plain, self._files = plain, files
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
-        self._work: dict[int, Iterator[Read]] = {}
+        self._raw: dict[int, Iterator[Read]] = {}
+        self._decoded: dict[int, Iterator[Read]] = {}
         self._planned = threading.Event()
-        self._compressed = False
-        self._pinned: list[Lane] = []
+        self._lanes: list[
+            tuple[Lane, int]
+        ] = []  # alive for as long as a thread may write into them
         self._unpinned: list[Exception] = []
+        self._slots: dict[int, deque[Slot]] = defaultdict(deque)  # of each GPU, for its copier
+        self._coming: dict[int, set[Lane]] = defaultdict(set)  # whose slots it will get
 
     def run(self, plan: Callable[[], Sequence[Read]]) -> str:
         """Returns what to note."""
+        gpus = sorted(set(self._ordinals))
+        lanes = self._lanes = self._ring.lanes(gpus)
+        for lane, ordinal in lanes[: COPIERS_PER_GPU * len(gpus)]:
+            self._coming[ordinal].add(lane)
+        # The first restore of a process pins its lanes, which takes longer than to plan.
+        pinning = [(lane, home) for lane, home in lanes if self._feeds(lane, home, pinned=False)]
 
-        def share_out() -> None:
+        def share_out() -> list[Target]:
             try:
                 reads = plan()
-                self._compressed = any(read.codec != "raw" for read in reads)
-                self._work = by_device(reads, self._ordinals)
+                raw = [r for r in reads if is_raw(r)]
+                decoded = [r for r in reads if not is_raw(r)]
+                self._raw = by_device(raw, self._ordinals)
+                self._decoded = by_device(decoded, self._ordinals)
             finally:
                 self._planned.set()
+            rest = [one for one in lanes if one not in pinning]
+            if all(read.codec == "raw" for read in decoded):
+                rest = [one for one in rest if self._feeds(*one, pinned=True)]
+            for lane, home in rest[len(decoded) :]:
+                self._hand_over(lane, home)
+            return [functools.partial(self._lane, *one) for one in rest[: len(decoded)]]
 
-        # The first restore of a process pins its lanes, which takes longer than to plan.
-        gpus = sorted(set(self._ordinals))
-        lanes = self._ring.lanes(gpus)
-        targets = [
-            functools.partial(self._lane, lane, ordinal, i >= COPIERS_PER_GPU * len(gpus))
-            for i, (lane, ordinal) in enumerate(lanes)
-        ]
+        targets = [functools.partial(self._lane, *one) for one in pinning]
+        targets += [functools.partial(self._copy, gpu) for gpu in gpus]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         if not self._unpinned:
             return ""
-        if not self._pinned:
+        left = sum(bool(lane.slots) for lane, _ in lanes)
+        if not left:
             raise MemoryError(f"no host memory can be pinned: {self._unpinned[0]}")
-        left, count = len(self._pinned), len(self._pinned) + len(self._unpinned)
+        count = left + len(self._unpinned)
         return f"{left} of {count} readers: no more memory to pin: {self._unpinned[0]}"
 
-    def _lane(self, lane: Lane, home: int, decodes_only: bool, stop: threading.Event) -> None:
-        if decodes_only:
-            self._wait(stop)
-            if not self._compressed:
-                return
+    def _feeds(self, lane: Lane, home: int, *, pinned: bool) -> bool:
+        """Whether a lane's slots are for the copier in the end, and the lane is pinned or not."""
+        return lane in self._coming[home] and bool(lane.slots) == pinned
+
+    def _hand_over(self, lane: Lane, home: int) -> None:
+        """Leaves a lane's slots to the copier."""
+        if lane in self._coming[home]:
+            self._slots[home].extend(lane.slots)
+            self._coming[home].discard(lane)
+
+    def _lane(self, lane: Lane, home: int, stop: threading.Event) -> None:
         near(home)
         try:
-            lane.open(home)
-        except (cuda.CudaError, OSError) as e:
-            self._unpinned.append(e)  # the other lanes do its work
-            return
-        self._pinned.append(lane)
-        self._wait(stop)
-        try:
-            for read in self._todo(home):
+            copies = Copies(self._ring.streams, home)
+            try:
+                lane.open(home)
+            except (cuda.CudaError, OSError) as e:
+                self._unpinned.append(e)  # the other lanes do its work
+                return
+            self._wait(stop)
+            for read in _todo(self._decoded, home):
                 if stop.is_set():
                     break
-                self._carry_out(read, lane)
+                self._decode(read, lane, copies)
         finally:
             lane.drain()
+            self._hand_over(lane, home)
 
     def _wait(self, stop: threading.Event) -> None:
         """Returns when the plan is made; it is empty if that failed."""
         while not (self._planned.wait(0.1) or stop.is_set()):
             pass
 
-    def _todo(self, home: int) -> Iterator[Read]:
-        """The reads for GPU `home`, then what the other GPUs' lanes have not begun."""
-        yield from self._work.get(home, ())
-        for ordinal, reads in self._work.items():
-            if ordinal != home:
-                yield from reads
+    def _copy(self, home: int, stop: threading.Event) -> None:
+        """Carries out all raw reads for GPU `home`."""
+        near(home)
+        copies = Copies(self._ring.streams, home)
+        self._wait(stop)
+        copier = Copier(
+            copies,
+            self._files,
+            self._buffers,
+            self._ordinals,
+            self._slots[home],
+            lambda: bool(self._coming[home]),
+            self._arrived,
+        )
+        copier.run(_todo(self._raw, home), stop)
 
-    def _carry_out(self, read: Read, lane: Lane) -> None:
-        source = read.source
-        if read.codec != "raw" or isinstance(source, bytes):
-            self._decode(read, lane)
-            return
-        with self._files.open(source.file, read.array) as file:
-            self._copy(read, source, file, lane)
-
-    def _copy(self, read: Read, source: Extent, file: DirectFile, lane: Lane) -> None:
-        (segment,) = read.segments
-        whole = direct(segment)
-        if whole is None:
-            assert segment.nbytes <= lane.slot_bytes  # see scatter.MAX_STAGED
-            slot = lane.slot()
-            with traced("read"):
-                at = file.read(source.offset, segment.nbytes, slot.view, read.array)
-            self._scatter(segment, slot, at, lane)
-            return
-        ordinal, offset, left = self._ordinals[whole.destination], source.offset, segment.nbytes
-        dst = 0
-        while left:
-            nbytes = min(left, lane.slot_bytes)
-            slot = lane.slot()
-            with traced("read"):
-                at = file.read(offset, nbytes, slot.view, read.array)
-            # Asked for as late as possible: it may still be being allocated.
-            dst = dst or self._buffers[whole.destination].pointer + whole.dst_offset
-            with traced("copy"):
-                lane.copy(slot, at, dst, nbytes, ordinal)
-            self._arrived(nbytes)
-            offset, dst, left = offset + nbytes, dst + nbytes, left - nbytes
-
-    def _decode(self, read: Read, lane: Lane) -> None:
-        """The same for what is compressed, or held inline by the metadata."""
+    def _decode(self, read: Read, lane: Lane, copies: Copies) -> None:
+        """What is compressed, or held inline by the metadata."""
         with opened(read, self._plain) as decoded:
             for segment in read.segments:
                 whole = direct(segment)
@@ -176,7 +178,8 @@ class _Restore:
                     slot = lane.slot()
                     with traced("read"):
                         fill(decoded, slot.view[: segment.nbytes], read)
-                    self._scatter(segment, slot, 0, lane)
+                    scatter(segment, slot, 0, copies, self._buffers, self._ordinals)
+                    self._arrived(segment.nbytes)
                     continue
                 ordinal = self._ordinals[whole.destination]
                 for done in range(0, segment.nbytes, lane.slot_bytes):
@@ -186,38 +189,16 @@ class _Restore:
                         fill(decoded, slot.view[:nbytes], read)
                     dst = self._buffers[whole.destination].pointer + whole.dst_offset
                     with traced("copy"):
-                        lane.copy(slot, 0, dst + done, nbytes, ordinal)
+                        copies.copy(slot, 0, dst + done, nbytes, ordinal)
                     self._arrived(nbytes)
 
-    def _scatter(self, segment: Segment, slot: Slot, at: int, lane: Lane) -> None:
-        """Queues the copies of all pieces of a segment, which lies at `at` in `slot`."""
-        per_gpu: dict[int, list[Piece]] = defaultdict(list)
-        for piece in segment.pieces:
-            per_gpu[self._ordinals[piece.destination]].append(piece)
-        for ordinal, pieces in per_gpu.items():
-            stream = lane.stream(ordinal)
-            try:
-                # Rows of 256 bytes cross the bus as fast as one piece, of 64 bytes at 0.8 of that.
-                with traced("scatter"):
-                    copy_pieces(pieces, slot.pointer + at, self._buffers, stream, on_device=False)
-            finally:
-                lane.release(slot, ordinal)
-        self._arrived(segment.nbytes)
 
-
-def copy_pieces(
-    pieces: Sequence[Piece],
-    src: int,
-    buffers: Sequence["Buffer"],
-    stream: int,
-    *,
-    on_device: bool,
-) -> None:
-    """Queues the copies of pieces of a segment that lies at address `src`."""
-    for piece in pieces:
-        dst = buffers[piece.destination].pointer
-        for box in boxes(piece):
-            cuda.copy_box(box, src, dst, stream, on_device=on_device)
+def _todo(work: dict[int, Iterator[Read]], home: int) -> Iterator[Read]:
+    """The reads for GPU `home`, then what the other GPUs' threads have not begun."""
+    yield from work.get(home, ())
+    for ordinal, reads in work.items():
+        if ordinal != home:
+            yield from reads
 
 
 def ordinal_of(buffer: "Buffer") -> int:
@@ -227,8 +208,13 @@ def ordinal_of(buffer: "Buffer") -> int:
     return ordinal
 
 
+def is_raw(read: Read) -> bool:
+    """Whether a read takes bytes of a file as they are."""
+    return read.codec == "raw" and isinstance(read.source, Extent)
+
+
 def by_device(reads: Sequence[Read], ordinals: Sequence[int]) -> dict[int, Iterator[Read]]:
-    """The reads of each GPU; what several lanes may draw from at once.
+    """The reads of each GPU; what several threads may draw from at once.
 
     Compressed reads come first, the largest before the others: one frame is one
     thread's work, and a large one that is begun last would be waited for alone.

@@ -1,8 +1,11 @@
 """Ranges of files into page-aligned memory: from the page cache, or else around it."""
 
+import ctypes
 import errno
+import functools
 import os
 import threading
+from collections.abc import Callable
 
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import truncated
@@ -48,6 +51,28 @@ class DirectFile:
         if self._direct is not None:
             os.close(self._direct)
 
+    def way(self, offset: int, nbytes: int) -> tuple[int, int, int, int]:
+        """How one system call may read a range: (descriptor, at, offset, bytes).
+
+        It fills a view as `read` does, from `at` on.
+        """
+        if self._flags and not self._cached(offset, nbytes):
+            if self._open_direct():
+                assert self._direct is not None
+                start = offset // BLOCK * BLOCK
+                return self._direct, 0, start, -(-(offset + nbytes) // BLOCK) * BLOCK - start
+            self._flags = 0
+        return self._fd, offset % BLOCK, offset, nbytes
+
+    def _cached(self, offset: int, nbytes: int) -> bool:
+        """Whether the page cache has a range's ends; True where the file system cannot tell."""
+        try:
+            ends = offset, offset + nbytes - 1
+            return all(_in_page_cache(self._fd, end) for end in ends)
+        except OSError:
+            self._flags = 0
+            return True
+
     def read(self, offset: int, nbytes: int, view: memoryview, array: str) -> int:
         """Reads a range of the file somewhere into `view`, and returns at which offset.
 
@@ -62,21 +87,11 @@ class DirectFile:
         at = offset % BLOCK
         with reading(self._path, array):
             try:
-                if os.preadv(self._fd, (view[at : at + nbytes],), offset, self._flags) == nbytes:
-                    return at
-            except OSError:
-                pass
-            return self._read_slowly(offset, nbytes, view, array)
-
-    def _read_slowly(self, offset: int, nbytes: int, view: memoryview, array: str) -> int:
-        """As `read`, where that was no single full read from the page cache."""
-        at = offset % BLOCK
-        try:
-            have = self._read_cached(offset, nbytes, view[at : at + nbytes])
-            if have is None:
-                have = self._read_direct(offset, nbytes, view)
-        except OSError as e:
-            raise unreadable(self._path, array, e) from e
+                have = self._read_cached(offset, nbytes, view[at : at + nbytes])
+                if have is None:
+                    have = self._read_direct(offset, nbytes, view)
+            except OSError as e:
+                raise unreadable(self._path, array, e) from e
         if have < nbytes:
             raise truncated(Extent(self._path, offset, nbytes), array, nbytes - have)
         return at
@@ -131,6 +146,38 @@ class DirectFile:
             if n % BLOCK or not n:  # the end of the file
                 break
         return max(0, min(done - (offset - start), nbytes))
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec of sys/uio.h."""
+
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+@functools.cache
+def _preadv2() -> Callable[..., int]:
+    # Keeps the interpreter lock, which others would take: with RWF_NOWAIT it returns at once.
+    function = ctypes.PyDLL(None, use_errno=True).preadv2
+    function.argtypes = [
+        ctypes.c_int,
+        ctypes.POINTER(_Vector),
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int,
+    ]
+    function.restype = ctypes.c_ssize_t
+    return function
+
+
+def _in_page_cache(fd: int, offset: int) -> bool:
+    """OSError where the file system cannot tell."""
+    byte = ctypes.c_char()
+    vector = _Vector(ctypes.addressof(byte), 1)
+    if _preadv2()(fd, ctypes.byref(vector), 1, offset, os.RWF_NOWAIT) >= 0:
+        return True
+    if ctypes.get_errno() == errno.EAGAIN:
+        return False
+    raise OSError(ctypes.get_errno(), "")
 
 
 def unreadable(path: str, array: str, reason: OSError) -> CheckpointError:

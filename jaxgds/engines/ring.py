@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from jaxgds import scatter
 from jaxgds.engines import cuda
+from jaxgds.engines.aio import Request
 
 
 # Measured on H100 and H200: decoding takes every core that there is, copying is fastest with fewer.
@@ -21,6 +22,8 @@ SLOTS = 2
 # Xeon 12 threads read 53 GB/s from tmpfs into rings of 2 or 4 MiB each, which stay in a core's
 # cache, and 25 to 29 into rings of 8 or 16; the copies' submissions, 30 us each, stand against it.
 SLOT_BYTES = scatter.MAX_STAGED
+# What is read at once: two of these to a core stay in its cache until they are copied on.
+PART = 2 << 20
 # A slot has room for a read that is widened to whole blocks at both ends.
 MARGIN = 2 * 4096
 MAX_PINNED = 512 << 20
@@ -29,58 +32,34 @@ MAX_PINNED = 512 << 20
 class Slot:
     """A page-aligned piece of pinned memory, and the copies out of it that are under way."""
 
-    __slots__ = ("events", "pending", "pointer", "view")
+    __slots__ = ("events", "pending", "pointer", "request", "view")
 
     def __init__(self, pointer: int, view: memoryview):
         self.pointer, self.view = pointer, view
+        self.request = Request()  # reads into it
         self.events: dict[int, int] = {}  # GPU -> event
         self.pending: list[int] = []  # events not waited for
 
+    def copied(self) -> bool:
+        """Whether its copies are done."""
+        while self.pending:
+            if not cuda.done(self.pending[-1]):
+                return False
+            self.pending.pop()
+        return True
 
-class Lane:
-    """The slots of one thread.
+    def wait(self) -> None:
+        """Returns when its copies are done."""
+        while self.pending:
+            cuda.wait(self.pending.pop())
 
-    The methods between `open` and `drain` run thousands of times a second over all threads, which
-    share one interpreter lock and find the caches full of weights: hence the care for
-    what they do.
-    """
 
-    def __init__(self, slots: int, slot_bytes: int, streams: "Streams"):
-        """`streams` may be shared with other lanes."""
-        self.slot_bytes = slot_bytes
-        self._count, self._streams = slots, streams
-        self._memory: cuda.Pinned | None = None
-        self._slots: list[Slot] = []
-        self._next = 0
-        self._current: int | None = None
-        self._free_events: Callable[[], object] = lambda: None
+class Copies:
+    """What one thread copies out of slots; it makes GPU `ordinal` current."""
 
-    def open(self, ordinal: int) -> None:
-        """Hands the lane to the calling thread; pins the slots when it is first used."""
-        cuda.use(ordinal)
-        self._current = ordinal
-        if self._slots:
-            return
-        nbytes = self.slot_bytes + MARGIN
-        memory = self._memory = cuda.Pinned(self._count * nbytes, ordinal)
-        self._slots = [
-            Slot(memory.pointer + at, memory.view[at : at + nbytes])
-            for at in range(0, self._count * nbytes, nbytes)
-        ]
-        for slot in self._slots:
-            slot.events[ordinal] = cuda.event()
-        self._free_events = cuda.when_dropped(
-            self, _destroy, "cuEventDestroy_v2", [slot.events for slot in self._slots]
-        )
-        self._streams.at(ordinal)
-
-    def slot(self) -> Slot:
-        """The slot that was used longest ago, free again."""
-        slot = self._slots[self._next]
-        self._next = (self._next + 1) % self._count
-        while slot.pending:
-            cuda.wait(slot.pending.pop())
-        return slot
+    def __init__(self, streams: "Streams", ordinal: int):
+        self._streams, self._current = streams, -1
+        self.stream(ordinal)
 
     def stream(self, ordinal: int) -> int:
         """The stream of GPU `ordinal`, which becomes current."""
@@ -103,16 +82,51 @@ class Lane:
         cuda.submit("cuEventRecord", event, self._streams.at(ordinal))
         slot.pending.append(event)
 
+
+class Lane:
+    """The slots of one thread."""
+
+    def __init__(self, slots: int, slot_bytes: int):
+        self.slot_bytes = slot_bytes
+        self.slots: list[Slot] = []
+        self._count = slots
+        self._memory: cuda.Pinned | None = None
+        self._next = 0
+        self._free_events: Callable[[], object] = lambda: None
+
+    def open(self, ordinal: int) -> None:
+        """Pins the slots when it is first used; GPU `ordinal` is current."""
+        if self.slots:
+            return
+        nbytes = self.slot_bytes + MARGIN
+        memory = self._memory = cuda.Pinned(self._count * nbytes, ordinal)
+        slots = [
+            Slot(memory.pointer + at, memory.view[at : at + nbytes])
+            for at in range(0, self._count * nbytes, nbytes)
+        ]
+        for slot in slots:
+            slot.events[ordinal] = cuda.event()
+        self._free_events = cuda.when_dropped(
+            self, _destroy, "cuEventDestroy_v2", [slot.events for slot in slots]
+        )
+        self.slots = slots
+
+    def slot(self) -> Slot:
+        """The slot that was used longest ago, free again."""
+        slot = self.slots[self._next]
+        self._next = (self._next + 1) % self._count
+        slot.wait()
+        return slot
+
     def drain(self) -> None:
-        """Returns when nothing of this lane's is under way."""
-        for slot in self._slots:
-            while slot.pending:
-                cuda.wait(slot.pending.pop())
+        """Returns when nothing is copied out of its slots."""
+        for slot in self.slots:
+            slot.wait()
 
     def close(self) -> None:
         """Drains, and gives everything back."""
         self.drain()
-        self._slots.clear()
+        self.slots.clear()
         self._free_events()
         if self._memory is not None:
             self._memory.close()
@@ -165,29 +179,30 @@ class Ring:
         slots: int = SLOTS,
         slot_bytes: int = SLOT_BYTES,
     ):
+        assert slot_bytes >= max(PART, scatter.MAX_STAGED)
         self.busy = threading.Lock()
         self.slot_bytes = slot_bytes
         self._threads, self._slots = threads, slots
-        self._streams = Streams()
+        self.streams = Streams()
         self._lanes: list[Lane] = []
 
     def lanes(self, ordinals: list[int]) -> list[tuple[Lane, int]]:
         """Lanes for a restore onto these GPUs, each with the GPU it works for first."""
         count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
         while len(self._lanes) < count:
-            self._lanes.append(Lane(self._slots, self.slot_bytes, self._streams))
+            self._lanes.append(Lane(self._slots, self.slot_bytes))
         return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(self._lanes[:count])]
 
     def abandon(self) -> None:
         """Gives up all lanes: a thread that hangs may still write into one."""
         self._lanes.clear()
-        self._streams = Streams()
+        self.streams = Streams()
 
     def close(self) -> None:
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
-        self._streams.close()
+        self.streams.close()
 
 
 def near(ordinal: int) -> None:

@@ -1,0 +1,115 @@
+"""Reads that the C library's own threads carry out (POSIX asynchronous I/O), one `Request` each.
+
+A Python thread must have the interpreter lock again after each read, which with a dozen of them
+takes longer than to read a megabyte. The threads of `aio_read` know no such lock. They
+work on one request of a file descriptor at a time, so each Request has its own.
+"""
+
+import ctypes
+import errno
+import functools
+import os
+from ctypes import POINTER, Structure, byref, c_char, c_int, c_int64, c_size_t, c_ssize_t, c_void_p
+
+from jaxgds.engines.posix import DirectFile
+
+
+_SIGEV_NONE = 1
+
+
+class _Notification(Structure):
+    """struct sigevent of signal.h."""
+
+    _fields_ = [("value", c_void_p), ("signal", c_int), ("how", c_int), ("rest", c_int * 12)]
+
+
+class _Block(Structure):
+    """struct aiocb of glibc's aio.h on 64 bits; JAX has GPUs on no other C library."""
+
+    _fields_ = [
+        *[(name, c_int) for name in ("fd", "opcode", "priority")],
+        ("memory", c_void_p),
+        ("nbytes", c_size_t),
+        ("notification", _Notification),
+        ("next", c_void_p),
+        *[(name, c_int) for name in ("absolute_priority", "policy", "error")],
+        ("returned", c_ssize_t),
+        ("offset", c_int64),
+        ("reserved", c_char * 32),
+    ]
+
+
+class _Limits(Structure):
+    """struct aioinit of glibc's aio.h."""
+
+    names = ("threads", "requests", "locks", "usedba", "debug", "users", "idle", "reserved")
+    _fields_ = [(name, c_int) for name in names]
+
+
+@functools.cache
+def _libc() -> ctypes.PyDLL:
+    # Of a PyDLL, whose functions keep the interpreter lock: they only queue.
+    for name in (None, "librt.so.1"):  # where it was before glibc 2.34
+        library = ctypes.PyDLL(name, use_errno=True)
+        if hasattr(library, "aio_read64"):
+            library.aio_read64.argtypes = [POINTER(_Block)]
+            library.aio_error64.argtypes = [POINTER(_Block)]
+            library.aio_init.argtypes = [POINTER(_Limits)]
+            return library
+    raise NotImplementedError("this C library has no aio_read64")
+
+
+def limit_threads(threads: int) -> None:
+    """How many reads at once; only the first call of a process, before its first read, counts."""
+    _libc().aio_init(byref(_Limits(threads=threads, requests=2 * threads)))
+
+
+class Request:
+    """One read after another into pinned memory."""
+
+    __slots__ = ("_address", "_block", "_file", "_read")
+
+    def __init__(self) -> None:
+        self._block = _Block(fd=-1, notification=_Notification(how=_SIGEV_NONE))
+        self._address, self._read = byref(self._block), _libc().aio_read64
+        self._file: tuple[DirectFile, int] | None = None
+
+    def begin(self, file: DirectFile, offset: int, nbytes: int, pointer: int) -> None:
+        """Begins to read a range of `file`, which may be closed then, to somewhere after `pointer`.
+
+        Where that is, `DirectFile.read` says.
+        """
+        fd, at, start, length = file.way(offset, nbytes)
+        block = self._block
+        if self._file != (file, fd):
+            self._follow(fd)
+            self._file = file, fd
+        block.memory, block.offset, block.nbytes = pointer + at, start, length
+        block.returned = -1
+        if self._read(self._address):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def _follow(self, fd: int) -> None:
+        """Gives the request's descriptor, which nothing uses now, the meaning of `fd`."""
+        if self._block.fd < 0:
+            self._block.fd = os.dup(fd)
+        else:
+            os.dup2(fd, self._block.fd, inheritable=False)
+
+    @property
+    def done(self) -> bool:
+        # The function takes the library's lock, and so sees all that its thread has written.
+        return (
+            self._block.error != errno.EINPROGRESS
+            and _libc().aio_error64(self._address) != errno.EINPROGRESS
+        )
+
+    def filled(self, end: int) -> bool:
+        """Whether the read that is done gave all bytes of the file up to `end`."""
+        return self._block.offset + self._block.returned >= end
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._block.fd >= 0:
+            os.close(self._block.fd)
+            self._block.fd, self._file = -1, None

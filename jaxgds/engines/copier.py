@@ -1,0 +1,213 @@
+"""The raw reads of one GPU, all on one Python thread: files -> pinned slots -> the device.
+
+The thread only begins reads and copies and looks whether they are done, so that it rarely
+waits for the interpreter lock, whatever else the process does.
+"""
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxgds.engines import cuda
+from jaxgds.engines.files import OpenFiles
+from jaxgds.engines.host import direct
+from jaxgds.engines.posix import BLOCK, DirectFile
+from jaxgds.engines.ring import PART, Copies, Slot
+from jaxgds.engines.strided import boxes
+from jaxgds.index import Extent
+from jaxgds.plan import Read
+from jaxgds.progress import Arrived, traced
+from jaxgds.scatter import Piece, Segment
+from jaxgds.workers import waits, waits_no_more
+
+
+if TYPE_CHECKING:
+    from jaxgds.engines import Buffer
+
+
+_NAP = 50e-6  # seconds between two looks at what is under way
+_LONG_NAP = 10e-3  # after being told to stop
+
+
+@dataclass(slots=True)
+class _Part:
+    """A part of a read that one slot takes: `whole`'s bytes from `done` on, or all of a segment."""
+
+    read: Read
+    source: Extent
+    segment: Segment
+    whole: Piece | None
+    done: int
+    began: float = 0.0
+
+
+class Copier:
+    """Carries out raw reads with the slots it is given.
+
+    Args:
+      copies: of this thread.
+      ordinals: of each destination, the GPU.
+      slots: of which it takes and to which it returns those that are free; others may add to it.
+      more: whether others may still do that.
+    """
+
+    def __init__(
+        self,
+        copies: Copies,
+        files: OpenFiles[DirectFile],
+        buffers: Sequence["Buffer"],
+        ordinals: Sequence[int],
+        slots: deque[Slot],
+        more: Callable[[], bool],
+        arrived: Arrived,
+    ):
+        self._copies, self._files, self._arrived = copies, files, arrived
+        self._buffers, self._ordinals = buffers, ordinals
+        self._free, self._more = slots, more
+        self._reading: list[tuple[Slot, _Part]] = []
+        self._copying: deque[Slot] = deque()  # one stream: the first ends first
+        self._used: set[Slot] = set()
+
+    def run(self, reads: Iterator[Read], stop: threading.Event) -> None:
+        """Returns, or raises, when nothing is under way."""
+        parts = self._parts(reads)
+        try:
+            unread = True
+            while (unread or self._reading or self._copying) and not stop.is_set():
+                unread = unread and self._begin(parts)
+                if not (self._end_reads() or self._end_copies()):
+                    if unread and not (self._reading or self._copying or self._more()):
+                        break
+                    self._nap(stop)
+        finally:
+            parts.close()
+            self._drain(stop)
+
+    def _parts(self, reads: Iterator[Read]) -> Generator[tuple[_Part, DirectFile]]:
+        """Cuts reads to parts; the file is open until the next part is asked for."""
+        for read in reads:
+            source, (segment,) = read.source, read.segments
+            assert isinstance(source, Extent)
+            with self._files.open(source.file, read.array) as file:
+                whole = direct(segment)
+                size = PART if whole else max(1, segment.nbytes)
+                for done in range(0, segment.nbytes, size):
+                    nbytes = min(size, segment.nbytes - done)
+                    part = Extent(source.file, source.offset + done, nbytes)
+                    yield _Part(read, part, segment, whole, done), file
+
+    def _begin(self, parts: Iterator[tuple[_Part, DirectFile]]) -> bool:
+        """Begins as many reads as there are slots for; whether there may be others."""
+        while self._free:
+            part, file = next(parts, (None, None))
+            if part is None or file is None:
+                return False
+            slot, source = self._free.popleft(), part.source
+            self._used.add(slot)
+            part.began = time.monotonic()
+            try:
+                slot.request.begin(file, source.offset, source.nbytes, slot.pointer)
+            except OSError:
+                self._end_read(slot, part)
+            else:
+                self._reading.append((slot, part))
+        return True
+
+    def _end_reads(self) -> bool:
+        """Queues the copies of what is read; whether there was any."""
+        under_way = []
+        reading, self._reading = self._reading, under_way
+        for i, (slot, part) in enumerate(reading):
+            if not slot.request.done:
+                under_way.append((slot, part))
+                continue
+            try:
+                self._end_read(slot, part)
+            except BaseException:
+                under_way += reading[i + 1 :]
+                raise
+        return len(under_way) < len(reading)
+
+    def _end_read(self, slot: Slot, part: _Part) -> None:
+        source, at = part.source, part.source.offset % BLOCK
+        if not slot.request.filled(source.offset + source.nbytes):
+            # Whatever was wrong: this way does without, or says what it was.
+            with self._files.open(source.file, part.read.array) as file:
+                file.read(source.offset, source.nbytes, slot.view, part.read.array)
+        self._copying.append(slot)
+        if part.whole is not None:
+            # Asked for as late as possible: it may still be being allocated.
+            dst = self._buffers[part.whole.destination].pointer + part.whole.dst_offset
+            ordinal = self._ordinals[part.whole.destination]
+            with traced("copy"):
+                self._copies.copy(slot, at, dst + part.done, source.nbytes, ordinal)
+        else:
+            scatter(part.segment, slot, at, self._copies, self._buffers, self._ordinals)
+        self._arrived(source.nbytes)
+
+    def _end_copies(self) -> bool:
+        """Frees the slots whose copies are done; whether there was any."""
+        before = len(self._copying)
+        while self._copying and self._copying[0].copied():
+            self._free.append(self._copying.popleft())
+        return len(self._copying) < before
+
+    def _nap(self, stop: threading.Event) -> None:
+        if self._reading:
+            _, oldest = self._reading[0]
+            waits(oldest.began, oldest.source.file, oldest.read.array)
+        else:
+            waits_no_more()
+        with traced("read") if self._reading else nullcontext():
+            time.sleep(_LONG_NAP if stop.is_set() else _NAP)
+
+    def _drain(self, stop: threading.Event) -> None:
+        while self._reading:
+            self._reading = [(s, p) for s, p in self._reading if not s.request.done]
+            self._nap(stop)
+        waits_no_more()
+        for slot in self._copying:
+            slot.wait()
+        for slot in self._used:
+            slot.request.close()
+
+
+def scatter(
+    segment: Segment,
+    slot: Slot,
+    at: int,
+    copies: Copies,
+    buffers: Sequence["Buffer"],
+    ordinals: Sequence[int],
+) -> None:
+    """Queues the copies of all pieces of a segment, which lies at `at` in `slot`."""
+    per_gpu: dict[int, list[Piece]] = defaultdict(list)
+    for piece in segment.pieces:
+        per_gpu[ordinals[piece.destination]].append(piece)
+    for ordinal, pieces in per_gpu.items():
+        stream = copies.stream(ordinal)
+        try:
+            # Rows of 256 bytes cross the bus as fast as one piece, of 64 bytes at 0.8 of that.
+            with traced("scatter"):
+                copy_pieces(pieces, slot.pointer + at, buffers, stream, on_device=False)
+        finally:
+            copies.release(slot, ordinal)
+
+
+def copy_pieces(
+    pieces: Sequence[Piece],
+    src: int,
+    buffers: Sequence["Buffer"],
+    stream: int,
+    *,
+    on_device: bool,
+) -> None:
+    """Queues the copies of pieces of a segment that lies at address `src`."""
+    for piece in pieces:
+        dst = buffers[piece.destination].pointer
+        for box in boxes(piece):
+            cuda.copy_box(box, src, dst, stream, on_device=on_device)
