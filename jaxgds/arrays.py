@@ -15,7 +15,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ from jaxgds.zarr import Layout
 
 # Results per program: more take longer to compile than to read into.
 MAX_RESULTS = 64
-MAX_ALIKE = 16  # of them with one shape and dtype
+# Of them with one shape and dtype: a sixteenth of those there are, for reading waits for the first.
+MIN_ALIKE, MAX_ALIKE = 4, 16
 
 type _Spec = tuple[tuple[int, ...], np.dtype]
 type _Call = list[tuple[_Spec, list[int]]]  # each with its destinations, on different devices
@@ -43,16 +44,23 @@ class Allocation:
     """Uninitialised memory for each destination, on the first of its devices.
 
     Compiling the programs that allocate takes longer than many a read, so it happens in the
-    background: `buffers` are there at once, each one's `pointer` when its memory is. Only the first
-    program is waited for until it is lowered, for that is Python, which whatever the caller does
-    next would slow down several times.
+    background: `buffers` are there at once, each one's `pointer` when its memory is.
+
+    Args:
+      start: begin at once; otherwise when `start` is called.
 
     Attributes:
       buffers: one per destination.
       order: per destination, the number of the program call that allocates it.
     """
 
-    def __init__(self, destinations: Sequence[Destination], dtypes: Sequence[np.dtype]):
+    def __init__(
+        self,
+        destinations: Sequence[Destination],
+        dtypes: Sequence[np.dtype],
+        *,
+        start: bool = True,
+    ):
         self._specs = [(d.shape, t) for d, t in zip(destinations, dtypes, strict=True)]
         self._calls = _calls(self._specs, [d.devices[0] for d in destinations])
         self._x64 = bool(jax.config.jax_enable_x64)  # a thread's own setting, perhaps
@@ -69,13 +77,25 @@ class Allocation:
             Buffer(slots[i], math.prod(d.shape) * t.itemsize, d.devices[0])
             for i, (d, t) in enumerate(zip(destinations, dtypes, strict=True))
         ]
-        lowered = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(lowered,), name="jaxgds-allocate")
-        self._thread.start()
-        lowered.wait()
+        self._lowered = threading.Event()
+        self._thread: threading.Thread | None = None
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Begins to allocate; returns when the first program is lowered.
+
+        For that is Python, which whatever else the caller did would slow down several times.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="jaxgds-allocate")
+            self._thread.start()
+            self._lowered.wait()
 
     def arrays(self) -> list[jax.Array]:
         """One single-device array per destination; waits until all are allocated."""
+        self.start()
+        assert self._thread is not None
         self._thread.join()
         made: dict[int, jax.Array] = {}
         for done in self._done:
@@ -85,24 +105,24 @@ class Allocation:
             raise RuntimeError("XLA returned one buffer for two arrays; please report this")
         return [made[i] for i in range(len(self.buffers))]
 
-    def _run(self, lowered: threading.Event) -> None:
+    def _run(self) -> None:
         try:
             with own_settings(self._x64):
                 for call, done in zip(self._calls, self._done, strict=True):
-                    done.set_result(self._allocate(call, lowered))
+                    done.set_result(self._allocate(call))
         except BaseException as e:
             for done in self._done:
                 if not done.done():
                     done.set_exception(e)
         finally:
-            lowered.set()
+            self._lowered.set()
 
-    def _allocate(self, call: "_Call", lowered: threading.Event) -> dict[int, jax.Array]:
+    def _allocate(self, call: "_Call") -> dict[int, jax.Array]:
         (devices,) = {tuple(self.buffers[i].device for i in batch) for _, batch in call}
         # A mesh needs an axis to shard; scalars are not worth a program.
         sized = tuple((shape, dtype) for (shape, dtype), _ in call if shape)
         program = _program(sized, devices, self._x64) if sized else None
-        lowered.set()
+        self._lowered.set()
         results = iter(program.compiled() if program else ())
         arrays: dict[int, jax.Array] = {}
         for (shape, dtype), batch in call:
@@ -190,7 +210,8 @@ def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]
     programs: list[tuple[int, list[_Call]]] = []
     for counts, alike in together.items():
         for some in itertools.batched(alike, MAX_RESULTS):
-            most = min(MAX_ALIKE, MAX_RESULTS // len(some))
+            most = min(MAX_ALIKE, max(MIN_ALIKE, max(n for _, n in counts) // 16))
+            most = min(most, MAX_RESULTS // len(some))
             calls = [
                 [
                     (spec, [queue[k] for queue in waiting[spec].values() if k < len(queue)])
@@ -222,7 +243,7 @@ def _call_nbytes(call: _Call) -> int:
     return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call)
 
 
-class _Program:
+class Program:
     """An `empty_program`, lowered at once and compiled when it is first wanted."""
 
     def __init__(self, specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]):
@@ -230,14 +251,17 @@ class _Program:
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
+        # There is nothing to schedule: the scheduler's model of the GPU takes a third of the time.
+        with suppress(jax.errors.JaxRuntimeError):  # no such option
+            return self._lowered.compile({"xla_gpu_enable_latency_hiding_scheduler": False})
         return self._lowered.compile()
 
 
 @functools.lru_cache(maxsize=4096)
 def _program(
     specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...], x64: bool
-) -> _Program:  # x64: JAX's setting, on which it depends what it gives for 64-bit dtypes
-    return _Program(specs, devices)
+) -> Program:  # x64: JAX's setting, on which it depends what it gives for 64-bit dtypes
+    return Program(specs, devices)
 
 
 def empty_program(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> jax.stages.Wrapped:

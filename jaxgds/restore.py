@@ -84,12 +84,15 @@ def restore(
     destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
     _check_room(destinations, dtypes)
-    allocation = arrays.Allocation(destinations, [dtypes[d.array] for d in destinations])
+    allocation = arrays.Allocation(
+        destinations, [dtypes[d.array] for d in destinations], start=False
+    )
     buffers = allocation.buffers
     bytes_read, planned = 0, start
 
     def plan() -> list[Read]:
         nonlocal bytes_read, planned
+        allocation.start()  # not before the engine's threads pin, which compiling slows down
         with _collector_paused(), traced("plan"):
             made = watched(lambda: make_plan(pairs, destinations=destinations))
             reads = in_order(made.reads, allocation.order)

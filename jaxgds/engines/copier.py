@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _NAP = 50e-6  # seconds between two looks at what is under way
-_LONG_NAP = 10e-3  # after being told to stop
+_LONG_NAP = 1e-3  # where nothing is under way, or to be done once it is
 
 
 @dataclass(slots=True)
@@ -51,8 +51,7 @@ class Copier:
     Args:
       copies: of this thread.
       ordinals: of each destination, the GPU.
-      slots: of which it takes and to which it returns those that are free; others may add to it.
-      more: whether others may still do that.
+      more: gives slots that are for this thread from now on; None if there will be no others.
     """
 
     def __init__(
@@ -61,13 +60,12 @@ class Copier:
         files: OpenFiles[DirectFile],
         buffers: Sequence["Buffer"],
         ordinals: Sequence[int],
-        slots: deque[Slot],
-        more: Callable[[], bool],
+        more: Callable[[], Sequence[Slot] | None],
         arrived: Arrived,
     ):
         self._copies, self._files, self._arrived = copies, files, arrived
         self._buffers, self._ordinals = buffers, ordinals
-        self._free, self._more = slots, more
+        self._more, self._free = more, deque[Slot]()
         self._reading: list[tuple[Slot, _Part]] = []
         self._copying: deque[Slot] = deque()  # one stream: the first ends first
         self._used: set[Slot] = set()
@@ -76,12 +74,15 @@ class Copier:
         """Returns, or raises, when nothing is under way."""
         parts = self._parts(reads)
         try:
-            unread = True
+            unread, slots = True, self._more()
             while (unread or self._reading or self._copying) and not stop.is_set():
+                if slots is not None:
+                    self._free.extend(slots)
+                    slots = self._more()
                 unread = unread and self._begin(parts)
                 if not (self._end_reads() or self._end_copies()):
-                    if unread and not (self._reading or self._copying or self._more()):
-                        break
+                    if slots is None and not (self._free or self._reading or self._copying):
+                        break  # nothing could be pinned
                     self._nap(stop)
         finally:
             parts.close()
@@ -163,7 +164,8 @@ class Copier:
         else:
             waits_no_more()
         with traced("read") if self._reading else nullcontext():
-            time.sleep(_LONG_NAP if stop.is_set() else _NAP)
+            busy = (self._reading or self._copying) and not stop.is_set()
+            time.sleep(_NAP if busy else _LONG_NAP)
 
     def _drain(self, stop: threading.Event) -> None:
         while self._reading:

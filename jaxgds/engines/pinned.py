@@ -3,7 +3,7 @@
 import functools
 import io
 import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from jaxgds.engines.copier import Copier, scatter
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.posix import DirectFile, direct_files
-from jaxgds.engines.ring import COPIERS_PER_GPU, Copies, Lane, Ring, Slot, near
+from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot, near
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
@@ -59,8 +59,8 @@ def _process_ring() -> Ring:
 class _Restore:
     """One call of `read`.
 
-    Each lane's thread pins the lane, decodes what is compressed, and leaves its slots to the
-    copier of its GPU.
+    Each GPU has one thread for what is raw, each lane one for what is compressed. A lane's slots
+    are the copier's once the lane is pinned and has nothing to decode.
     """
 
     def __init__(
@@ -74,79 +74,77 @@ class _Restore:
         self._ring, self._buffers, self._arrived = ring, buffers, arrived
         self._plain, self._files = plain, files
         self._ordinals = [ordinal_of(buffer) for buffer in buffers]
+        self._gpus = sorted(set(self._ordinals))
+        # Held for as long as one of the threads may write into them.
+        self._lanes = ring.lanes(self._gpus)
+        self._copying = self._lanes[: COPIERS_PER_GPU * len(self._gpus)]
         self._raw: dict[int, Iterator[Read]] = {}
         self._decoded: dict[int, Iterator[Read]] = {}
         self._planned = threading.Event()
-        self._lanes: list[
-            tuple[Lane, int]
-        ] = []  # alive for as long as a thread may write into them
-        self._unpinned: list[Exception] = []
-        self._slots: dict[int, deque[Slot]] = defaultdict(deque)  # of each GPU, for its copier
-        self._coming: dict[int, set[Lane]] = defaultdict(set)  # whose slots it will get
+        self._decoding: set[Lane] = set()
+        self._unpinned: dict[Lane, Exception] = {}
 
     def run(self, plan: Callable[[], Sequence[Read]]) -> str:
         """Returns what to note."""
-        gpus = sorted(set(self._ordinals))
-        lanes = self._lanes = self._ring.lanes(gpus)
-        for lane, ordinal in lanes[: COPIERS_PER_GPU * len(gpus)]:
-            self._coming[ordinal].add(lane)
-        # The first restore of a process pins its lanes, which takes longer than to plan.
-        pinning = [(lane, home) for lane, home in lanes if self._feeds(lane, home, pinned=False)]
 
         def share_out() -> list[Target]:
             try:
                 reads = plan()
-                raw = [r for r in reads if is_raw(r)]
                 decoded = [r for r in reads if not is_raw(r)]
-                self._raw = by_device(raw, self._ordinals)
+                lanes = self._copying if all(r.codec == "raw" for r in decoded) else self._lanes
+                lanes = lanes[: len(decoded)]
+                self._raw = by_device([r for r in reads if is_raw(r)], self._ordinals)
                 self._decoded = by_device(decoded, self._ordinals)
+                self._decoding.update(lane for lane, _ in lanes)
             finally:
                 self._planned.set()
-            rest = [one for one in lanes if one not in pinning]
-            if all(read.codec == "raw" for read in decoded):
-                rest = [one for one in rest if self._feeds(*one, pinned=True)]
-            for lane, home in rest[len(decoded) :]:
-                self._hand_over(lane, home)
-            return [functools.partial(self._lane, *one) for one in rest[: len(decoded)]]
+            return [functools.partial(self._decode_all, *one) for one in lanes]
 
-        targets = [functools.partial(self._lane, *one) for one in pinning]
-        targets += [functools.partial(self._copy, gpu) for gpu in gpus]
+        # The first restore of a process pins its lanes, which takes as long as to plan. By few
+        # threads, for the interpreter lock is what planning and pinning both wait for.
+        new = [(lane, home) for lane, home in self._copying if not lane.slots]
+        targets = [functools.partial(self._pin, new[i::PINNERS]) for i in range(PINNERS)]
+        targets = targets[: len(new)]
+        targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         if not self._unpinned:
             return ""
-        left = sum(bool(lane.slots) for lane, _ in lanes)
+        why = next(iter(self._unpinned.values()))
+        left = sum(bool(lane.slots) for lane, _ in self._lanes)
         if not left:
-            raise MemoryError(f"no host memory can be pinned: {self._unpinned[0]}")
-        count = left + len(self._unpinned)
-        return f"{left} of {count} readers: no more memory to pin: {self._unpinned[0]}"
+            raise MemoryError(f"no host memory can be pinned: {why}")
+        return f"{left} of {left + len(self._unpinned)} readers: no more memory to pin: {why}"
 
-    def _feeds(self, lane: Lane, home: int, *, pinned: bool) -> bool:
-        """Whether a lane's slots are for the copier in the end, and the lane is pinned or not."""
-        return lane in self._coming[home] and bool(lane.slots) == pinned
+    def _pin(self, lanes: Sequence[tuple[Lane, int]], stop: threading.Event) -> None:
+        for lane, home in lanes:
+            if stop.is_set():
+                break
+            near(home)
+            self._opened(lane, home)
 
-    def _hand_over(self, lane: Lane, home: int) -> None:
-        """Leaves a lane's slots to the copier."""
-        if lane in self._coming[home]:
-            self._slots[home].extend(lane.slots)
-            self._coming[home].discard(lane)
-
-    def _lane(self, lane: Lane, home: int, stop: threading.Event) -> None:
-        near(home)
-        try:
-            copies = Copies(self._ring.streams, home)
+    def _opened(self, lane: Lane, home: int) -> bool:
+        """Whether a lane can be used; if not, the others do its work."""
+        if lane not in self._unpinned:
             try:
                 lane.open(home)
             except (cuda.CudaError, OSError) as e:
-                self._unpinned.append(e)  # the other lanes do its work
+                self._unpinned[lane] = e
+        return lane not in self._unpinned
+
+    def _decode_all(self, lane: Lane, home: int, stop: threading.Event) -> None:
+        """Carries out reads of compressed data, for GPU `home` first."""
+        near(home)
+        try:
+            if not self._opened(lane, home):
                 return
-            self._wait(stop)
+            copies = Copies(self._ring.streams, home)
             for read in _todo(self._decoded, home):
                 if stop.is_set():
                     break
                 self._decode(read, lane, copies)
         finally:
             lane.drain()
-            self._hand_over(lane, home)
+            self._decoding.discard(lane)
 
     def _wait(self, stop: threading.Event) -> None:
         """Returns when the plan is made; it is empty if that failed."""
@@ -154,19 +152,25 @@ class _Restore:
             pass
 
     def _copy(self, home: int, stop: threading.Event) -> None:
-        """Carries out all raw reads for GPU `home`."""
+        """Carries out raw reads, for GPU `home` first."""
         near(home)
         copies = Copies(self._ring.streams, home)
         self._wait(stop)
-        copier = Copier(
-            copies,
-            self._files,
-            self._buffers,
-            self._ordinals,
-            self._slots[home],
-            lambda: bool(self._coming[home]),
-            self._arrived,
-        )
+        if not self._raw:
+            return
+        waiting = [lane for lane, its_home in self._copying if its_home == home]
+
+        def more() -> list[Slot] | None:
+            free = [
+                lane
+                for lane in waiting
+                if (lane.slots and lane not in self._decoding) or lane in self._unpinned
+            ]
+            for lane in free:
+                waiting.remove(lane)
+            return [slot for lane in free for slot in lane.slots] if free or waiting else None
+
+        copier = Copier(copies, self._files, self._buffers, self._ordinals, more, self._arrived)
         copier.run(_todo(self._raw, home), stop)
 
     def _decode(self, read: Read, lane: Lane, copies: Copies) -> None:

@@ -16,6 +16,7 @@ from jaxgds.engines.aio import Request
 # Measured on H100 and H200: decoding takes every core that there is, copying is fastest with fewer.
 THREADS_PER_GPU = 32
 COPIERS_PER_GPU = 12
+PINNERS = 4  # threads
 SLOTS = 2
 # On an H100 4, 8 and 16 MiB gave 45.9, 46.1 and 35.6 GB/s in one piece, and 34.0, 39.8 and 34.3 in
 # rows of 2 KiB (10 GB in memory); 4 MiB now and then a third less. Not yet used: on another H100's
@@ -92,24 +93,25 @@ class Lane:
         self._count = slots
         self._memory: cuda.Pinned | None = None
         self._next = 0
+        self._opening = threading.Lock()
         self._free_events: Callable[[], object] = lambda: None
 
     def open(self, ordinal: int) -> None:
-        """Pins the slots when it is first used; GPU `ordinal` is current."""
-        if self.slots:
-            return
-        nbytes = self.slot_bytes + MARGIN
-        memory = self._memory = cuda.Pinned(self._count * nbytes, ordinal)
-        slots = [
-            Slot(memory.pointer + at, memory.view[at : at + nbytes])
-            for at in range(0, self._count * nbytes, nbytes)
-        ]
-        for slot in slots:
-            slot.events[ordinal] = cuda.event()
-        self._free_events = cuda.when_dropped(
-            self, _destroy, "cuEventDestroy_v2", [slot.events for slot in slots]
-        )
-        self.slots = slots
+        """Pins the slots when it is first used, by GPU `ordinal`."""
+        with self._opening:
+            if self.slots:
+                return
+            cuda.use(ordinal)
+            nbytes = self.slot_bytes + MARGIN
+            memory = self._memory = cuda.Pinned(self._count * nbytes, ordinal)
+            slots = [
+                Slot(memory.pointer + at, memory.view[at : at + nbytes])
+                for at in range(0, self._count * nbytes, nbytes)
+            ]
+            self._free_events = cuda.when_dropped(
+                self, _destroy, "cuEventDestroy_v2", [slot.events for slot in slots]
+            )
+            self.slots = slots
 
     def slot(self) -> Slot:
         """The slot that was used longest ago, free again."""
@@ -126,7 +128,7 @@ class Lane:
     def close(self) -> None:
         """Drains, and gives everything back."""
         self.drain()
-        self.slots.clear()
+        self.slots = []
         self._free_events()
         if self._memory is not None:
             self._memory.close()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from jaxgds.arrays import empty_program
+from jaxgds.arrays import Program
 
 
 TARGET = Path(__file__).parents[2] / "configs" / "targets" / "h100.textproto"
@@ -30,7 +30,7 @@ def test_allocation_takes_no_other_memory_and_no_kernel(gpus, alike):
         platform="cuda", target_config=TARGET.read_text(), topology=f"1x{gpus}x1"
     )
     specs = tuple((shape, jnp.dtype(name)) for shape, name in SPECS) * alike
-    compiled = empty_program(specs, tuple(topology.devices)).lower().compile()
+    compiled = Program(specs, tuple(topology.devices)).compiled
     entry = str(compiled.as_text()).partition("\nENTRY ")[2]
     assert set(re.findall(r" ([\w-]+)\(", entry)) <= {"custom-call", "bitcast", "tuple"}
     assert entry.count('custom_call_target="AllocateBuffer"') == len(specs)
