@@ -16,7 +16,7 @@ from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import BLOCK, DirectFile
-from jaxgds.engines.ring import PART, Copies, Slot
+from jaxgds.engines.ring import PART, SLOT_BYTES, Copies, Slot
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -95,7 +95,10 @@ class Copier:
             assert isinstance(source, Extent)
             with self._files.open(source.file, read.array) as file:
                 whole = direct(segment)
-                size = PART if whole else max(1, segment.nbytes)
+                if whole is None:
+                    size = max(1, segment.nbytes)
+                else:
+                    size = PART if file.cached(source.offset, 1) else SLOT_BYTES
                 for done in range(0, segment.nbytes, size):
                     nbytes = min(size, segment.nbytes - done)
                     part = Extent(source.file, source.offset + done, nbytes)

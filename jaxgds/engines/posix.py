@@ -56,7 +56,7 @@ class DirectFile:
 
         It fills a view as `read` does, from `at` on.
         """
-        if self._flags and not self._cached(offset, nbytes):
+        if not self.cached(offset, nbytes):
             if self._open_direct():
                 assert self._direct is not None
                 start = offset // BLOCK * BLOCK
@@ -64,10 +64,12 @@ class DirectFile:
             self._flags = 0
         return self._fd, offset % BLOCK, offset, nbytes
 
-    def _cached(self, offset: int, nbytes: int) -> bool:
+    def cached(self, offset: int, nbytes: int) -> bool:
         """Whether the page cache has a range's ends; True where the file system cannot tell."""
+        if not self._flags:
+            return True
         try:
-            ends = offset, offset + nbytes - 1
+            ends = {offset, offset + nbytes - 1}
             return all(_in_page_cache(self._fd, end) for end in ends)
         except OSError:
             self._flags = 0

@@ -1,7 +1,7 @@
-"""Pinned memory that one process keeps for all its restores, in lanes: one for each reader thread.
+"""Pinned memory that one process keeps for all its restores, in lanes of a few slots each.
 
-A lane is a few slots. Its thread fills a slot, queues the copy to the device, goes on
-with the next slot, and comes back to a slot only when its copies are done.
+Who fills a slot queues its copies to the device, goes on with another slot, and uses this one
+again only when its copies are done.
 """
 
 import os
@@ -13,17 +13,19 @@ from jaxgds.engines import cuda
 from jaxgds.engines.aio import Request
 
 
-# Measured on H100 and H200: decoding takes every core that there is, copying is fastest with fewer.
+# Decoding takes every core that there is. To copy, 10, 12, 14 and 16 threads gave 43..47, 45..49,
+# 46..49 and 47..50 GB/s beside an H100 on a host with 16 cores (files in memory; to pinned memory
+# and on to the GPU, which takes 50).
 THREADS_PER_GPU = 32
 COPIERS_PER_GPU = 12
 PINNERS = 4  # threads
 SLOTS = 2
-# On an H100 4, 8 and 16 MiB gave 45.9, 46.1 and 35.6 GB/s in one piece, and 34.0, 39.8 and 34.3 in
-# rows of 2 KiB (10 GB in memory); 4 MiB now and then a third less. Not yet used: on another H100's
-# Xeon 12 threads read 53 GB/s from tmpfs into rings of 2 or 4 MiB each, which stay in a core's
-# cache, and 25 to 29 into rings of 8 or 16; the copies' submissions, 30 us each, stand against it.
+# What is scattered in one piece, and what is read at once from a disk or a server. From memory,
+# rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35 GB/s.
 SLOT_BYTES = scatter.MAX_STAGED
-# What is read at once: two of these to a core stay in its cache until they are copied on.
+# What is read at once from the page cache: 1, 2 and 4 MiB gave 33, 48 and 42..50 GB/s. More does
+# not stay in a core's cache until it is copied on: a bare loop of reads into 4 MiB of memory
+# took half the time of one into 16 MiB.
 PART = 2 << 20
 # A slot has room for a read that is widened to whole blocks at both ends.
 MARGIN = 2 * 4096
