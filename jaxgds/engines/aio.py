@@ -14,6 +14,8 @@ from ctypes import POINTER, Structure, byref, c_char, c_int, c_int64, c_size_t, 
 from jaxgds.engines.posix import DirectFile
 
 
+# Of this process, those that hang in a read among them. The library's own limit is 20.
+MAX_THREADS = 1024
 _SIGEV_NONE = 1
 
 
@@ -55,13 +57,9 @@ def _libc() -> ctypes.PyDLL:
             library.aio_read64.argtypes = [POINTER(_Block)]
             library.aio_error64.argtypes = [POINTER(_Block)]
             library.aio_init.argtypes = [POINTER(_Limits)]
+            library.aio_init(byref(_Limits(threads=MAX_THREADS, requests=64)))
             return library
     raise NotImplementedError("this C library has no aio_read64")
-
-
-def limit_threads(threads: int) -> None:
-    """How many reads at once; only the first call of a process, before its first read, counts."""
-    _libc().aio_init(byref(_Limits(threads=threads, requests=2 * threads)))
 
 
 class Request:

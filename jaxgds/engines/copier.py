@@ -16,7 +16,7 @@ from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import BLOCK, DirectFile
-from jaxgds.engines.ring import PART, SLOT_BYTES, Copies, Slot
+from jaxgds.engines.ring import PART, READS, SLOT_BYTES, Copies, Slot
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -105,8 +105,8 @@ class Copier:
                     yield _Part(read, part, segment, whole, done), file
 
     def _begin(self, parts: Iterator[tuple[_Part, DirectFile]]) -> bool:
-        """Begins as many reads as there are slots for; whether there may be others."""
-        while self._free:
+        """Begins as many reads as there may be at once; whether there are others, perhaps."""
+        while self._free and len(self._reading) < READS:
             part, file = next(parts, (None, None))
             if part is None or file is None:
                 return False
@@ -175,10 +175,12 @@ class Copier:
             self._reading = [(s, p) for s, p in self._reading if not s.request.done]
             self._nap(stop)
         waits_no_more()
-        for slot in self._copying:
-            slot.wait()
-        for slot in self._used:
-            slot.request.close()
+        try:
+            for slot in self._copying:
+                slot.wait()
+        finally:
+            for slot in self._used:
+                slot.request.close()
 
 
 def scatter(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jaxgds.engines import aio, cuda
+from jaxgds.engines import cuda
 from jaxgds.engines.copier import Copier, scatter
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct, fill, opened, plain_files
@@ -37,7 +37,6 @@ class PinnedEngine:
 
     def __init__(self, ring: Ring | None = None):
         cuda.driver()
-        aio.limit_threads(COPIERS_PER_GPU * cuda.count())
         self.note = ""
         self._ring = ring or _process_ring()
 

@@ -13,11 +13,12 @@ from jaxgds.engines import cuda
 from jaxgds.engines.aio import Request
 
 
-# Decoding takes every core that there is. To copy, 10, 12, 14 and 16 threads gave 43..47, 45..49,
-# 46..49 and 47..50 GB/s beside an H100 on a host with 16 cores (files in memory; to pinned memory
-# and on to the GPU, which takes 50).
+# Decoding takes every core that there is.
 THREADS_PER_GPU = 32
+# Lanes for raw reads; and how many reads at once: 10, 12, 14 and 16 gave 43..47, 45..49, 46..49 and
+# 47..50 GB/s (10 GB in memory, a host with 16 cores, an H100 that takes 50 from pinned memory).
 COPIERS_PER_GPU = 12
+READS = 14
 PINNERS = 4  # threads
 SLOTS = 2
 # What is scattered in one piece, and what is read at once from a disk or a server. From memory,
