@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 import warnings
 
 import jax
@@ -38,6 +39,7 @@ def resident() -> int:
 
 def held() -> dict[str, int]:
     gc.collect()
+    time.sleep(1.5)  # the C library ends its threads for reads when they are idle for a second
     return {
         "files": len(os.listdir("/proc/self/fd")),
         "python threads": threading.active_count(),
