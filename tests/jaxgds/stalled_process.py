@@ -18,10 +18,12 @@ import traceback
 
 import jax
 import numpy as np
+import stand_in
 from faulty_process import fault, shim
 from jax.sharding import SingleDeviceSharding
 
 import jaxgds
+import jaxgds.restore
 from jaxgds.engines import cuda
 
 
@@ -85,6 +87,9 @@ def held() -> dict[str, int]:
 
 
 def main() -> None:
+    if stand_in.LIBRARY:
+        stand_in.driver()
+        jaxgds.restore.engine_for = stand_in.engine
     stalls, other, part = sys.argv[1:]
     step("first", stalls)
     for cycle in range(CYCLES):
