@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 
 DEFAULT_TIMEOUT = 300.0  # seconds
@@ -111,6 +112,16 @@ def read_timeout() -> float:
     return seconds
 
 
+class _Started(NamedTuple):
+    """A thread, and whether its target has ended.
+
+    Before Python 3.13 a `join` that Ctrl-C interrupts takes a thread that runs for one that ended.
+    """
+
+    thread: threading.Thread
+    ended: threading.Event
+
+
 def run_threads(
     targets: Sequence[Target],
     meanwhile: Callable[[], Sequence[Target]] = tuple,
@@ -130,7 +141,7 @@ def run_threads(
     begin, stop = threading.Event(), threading.Event()
     failed: list[BaseException] = []
 
-    def run(target: Target) -> None:
+    def run(target: Target, ended: threading.Event) -> None:
         begin.wait()
         _own.stop = stop
         try:
@@ -141,15 +152,22 @@ def run_threads(
         except BaseException as e:
             failed.append(e)
             stop.set()
+        finally:
+            ended.set()
 
-    started: list[threading.Thread] = []
+    started: list[_Started] = []
 
     def start(targets: Sequence[Target]) -> None:
         for target in targets:
             # Daemons, for one that hangs must not keep the process from ending.
-            thread = threading.Thread(target=run, args=(target,), name="jaxgds", daemon=True)
-            thread.start()
-            started.append(thread)
+            ended = threading.Event()
+            thread = threading.Thread(target=run, args=(target, ended), name="jaxgds", daemon=True)
+            started.append(_Started(thread, ended))  # first, for Ctrl-C may come in start()
+            try:
+                thread.start()
+            except Exception:
+                ended.set()
+                raise
 
     try:
         with _quick_switches:
@@ -166,9 +184,9 @@ def run_threads(
             else:  # Ctrl-C
                 end = time.monotonic() + INTERRUPTED
                 for thread in started:
-                    thread.join(max(0, end - time.monotonic()))
+                    thread.ended.wait(max(0, end - time.monotonic()))
         finally:
-            if any(thread.is_alive() for thread in started):
+            if not all(thread.ended.is_set() for thread in started):
                 left_behind()
         raise
     if failed:
@@ -182,12 +200,12 @@ def watched[T](work: Callable[[], T]) -> T:
     return result[0]
 
 
-def _join(threads: Sequence[threading.Thread], stop: threading.Event, timeout: float) -> None:
+def _join(threads: Sequence[_Started], stop: threading.Event, timeout: float) -> None:
     """Waits until all have ended; TimeoutError once those that have not all hang in a read."""
-    while alive := [thread for thread in threads if thread.is_alive()]:
-        alive[0].join(min(1.0, timeout / 4) if timeout else None)
+    while alive := [thread for thread in threads if not thread.ended.is_set()]:
+        alive[0].ended.wait(min(1.0, timeout / 4) if timeout else None)
         late = time.monotonic() - timeout
-        reads = [_reads.get(thread.ident or 0) for thread in alive if thread.is_alive()]
+        reads = [_reads.get(t.thread.ident or 0) for t in alive if not t.ended.is_set()]
         hanging = [read for read in reads if read is not None and timeout and read[0] < late]
         if hanging:
             stop.set()
@@ -198,3 +216,6 @@ def _join(threads: Sequence[threading.Thread], stop: threading.Event, timeout: f
                     f"{file}: {what}: a read made no progress for {timeout:g} seconds; the "
                     "file system does not answer (JAXGDS_READ_TIMEOUT sets the limit)"
                 )
+    for one in threads:
+        if one.thread.ident is not None:
+            one.thread.join()

@@ -77,13 +77,13 @@ class Request:
 
         Where that is, `DirectFile.read` says.
         """
-        fd, at, start, length = file.way(offset, nbytes)
         block = self._block
+        block.offset, block.returned = 0, -1  # nothing is read, whatever fails from here on
+        fd, at, start, length = file.way(offset, nbytes)
         if self._file != (file, fd):
             self._follow(fd)
             self._file = file, fd
         block.memory, block.offset, block.nbytes = pointer + at, start, length
-        block.returned = -1
         if self._read(self._address):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 

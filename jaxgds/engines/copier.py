@@ -16,7 +16,7 @@ from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import BLOCK, DirectFile
-from jaxgds.engines.ring import PART, READS, SLOT_BYTES, Copies, Slot
+from jaxgds.engines.ring import PART, READS, SLOT_BYTES, Copies, Slot, wait_for
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -137,6 +137,7 @@ class Copier:
         return len(under_way) < len(reading)
 
     def _end_read(self, slot: Slot, part: _Part) -> None:
+        waits_no_more()  # what follows may wait for memory, not for a file
         source, at = part.source, part.source.offset % BLOCK
         if not slot.request.filled(source.offset + source.nbytes):
             # Whatever was wrong: this way does without, or says what it was.
@@ -176,8 +177,7 @@ class Copier:
             self._nap(stop)
         waits_no_more()
         try:
-            for slot in self._copying:
-                slot.wait()
+            wait_for(self._copying)
         finally:
             for slot in self._used:
                 slot.request.close()

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -108,9 +109,16 @@ class _Restore:
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         if not self._unpinned:
             return ""
+        # Again with those that are pinned: reads may be left that only others were to carry out.
+        self._copying = [(lane, home) for lane, home in self._lanes if lane.slots]
+        again = [functools.partial(self._decode_all, *one) for one in self._copying]
+        run_threads(again, left_behind=self._ring.abandon)
+        again = [functools.partial(self._copy, gpu) for gpu in self._gpus]
+        run_threads(again, left_behind=self._ring.abandon)
         why = next(iter(self._unpinned.values()))
         left = sum(bool(lane.slots) for lane, _ in self._lanes)
-        if not left:
+        unread = itertools.chain(*self._raw.values(), *self._decoded.values())
+        if not left or next(unread, None) is not None:
             raise MemoryError(f"no host memory can be pinned: {why}")
         return f"{left} of {left + len(self._unpinned)} readers: no more memory to pin: {why}"
 

@@ -6,7 +6,7 @@ again only when its copies are done.
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxgds import scatter
 from jaxgds.engines import cuda
@@ -58,6 +58,18 @@ class Slot:
             cuda.wait(self.pending.pop())
 
 
+def wait_for(slots: Iterable[Slot]) -> None:
+    """Returns, or raises, when the copies out of all of `slots` are done, or not to be seen."""
+    errors: list[cuda.CudaError] = []
+    for slot in slots:
+        try:
+            slot.wait()
+        except cuda.CudaError as e:
+            errors.append(e)
+    if errors:
+        raise errors[0]
+
+
 class Copies:
     """What one thread copies out of slots; it makes GPU `ordinal` current."""
 
@@ -80,10 +92,15 @@ class Copies:
 
     def release(self, slot: Slot, ordinal: int) -> None:
         """Frees `slot` once all that is queued so far on the stream of GPU `ordinal` is done."""
-        event = slot.events.get(ordinal)
-        if event is None:
-            event = slot.events[ordinal] = cuda.event()
-        cuda.submit("cuEventRecord", event, self._streams.at(ordinal))
+        stream = self._streams.at(ordinal)
+        try:
+            event = slot.events.get(ordinal)
+            if event is None:
+                event = slot.events[ordinal] = cuda.event()
+            cuda.submit("cuEventRecord", event, stream)
+        except cuda.CudaError:
+            cuda.call("cuStreamSynchronize", stream)
+            raise
         slot.pending.append(event)
 
 
@@ -125,8 +142,7 @@ class Lane:
 
     def drain(self) -> None:
         """Returns when nothing is copied out of its slots."""
-        for slot in self.slots:
-            slot.wait()
+        wait_for(self.slots)
 
     def close(self) -> None:
         """Drains, and gives everything back."""

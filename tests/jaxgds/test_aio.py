@@ -1,8 +1,10 @@
 """Reads by the C library's threads, against plain ones of the same bytes."""
 
 import ctypes
+import errno
 import mmap
 import os
+import resource
 import threading
 import time
 
@@ -161,6 +163,43 @@ def test_what_cannot_be_read(tmp_path, stored, slots, opened):
     slots[0].begin(file, 0, 100)
     assert slots[0].found(0, 100) is None
     file.close()
+
+
+def test_a_closed_file(stored, slots):
+    """Bytes that were read before are not taken for what could not be asked for."""
+    path, content, _ = stored
+    file, closed = DirectFile(str(path)), DirectFile(str(path))
+    slots[0].begin(file, 5000, 100)
+    assert slots[0].found(5000, 100) == content[5000:5100]
+    file.close()
+    number = closed._fd
+    closed.close()
+    closed._flags, closed._fd = 0, number
+    with pytest.raises(OSError) as e:
+        slots[0].begin(closed, 0, 100)
+    assert e.value.errno == errno.EBADF
+    assert slots[0].found(0, 100) is None
+
+
+def test_no_descriptor_is_left(stored, file):
+    """Nor then."""
+    _, content, _ = stored
+    slot = Slot()
+    slot.begin(file, 5000, 100)
+    assert slot.found(5000, 100) == content[5000:5100]
+    slot.request.close()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+    try:
+        with pytest.raises(OSError) as e:
+            slot.begin(file, 0, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert e.value.errno == errno.EMFILE
+    assert slot.found(0, 100) is None
+    slot.begin(file, 0, 100)
+    assert slot.found(0, 100) == content[:100]
+    slot.request.close()
 
 
 def test_reads_that_wait_do_not_hold_up_others(tmp_path, stored, file, slots):

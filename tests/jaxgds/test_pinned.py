@@ -7,7 +7,9 @@ the engine wrote, and that it wrote no others.
 import gc
 import os
 import re
+import signal
 import threading
+import time
 from collections.abc import Sequence
 
 import jax
@@ -349,9 +351,28 @@ def test_memory_that_cannot_be_allocated(tmp_path, ring, codec):
     assert_restored(array, data, engine=PinnedEngine(ring))
 
 
+def test_memory_that_is_allocated_late(tmp_path, ring, monkeypatch):
+    """To wait for it is not to wait for a file."""
+    monkeypatch.setenv("JAXGDS_READ_TIMEOUT", "0.2")
+    data = numbers(2000, 2000)
+    memory = Memory([(stored(tmp_path, data, (100, 2000)), ONE)])
+    (buffer,) = memory.buffers
+    pointer = buffer.pointer
+
+    def late() -> int:
+        time.sleep(1)
+        return pointer
+
+    buffer._pointer = late
+    memory.read(PinnedEngine(ring))
+    memory.assert_holds(w=data)
+
+
 ALWAYS = 1 << 30
 CALLS = [
     ("cuStreamCreate", 1),
+    ("cuEventCreate", ALWAYS),
+    *(("cuEventRecord", times) for times in (1, ALWAYS)),
     *(("cuMemcpyHtoDAsync_v2", times) for times in (1, ALWAYS)),
     *(("cuMemcpy3DAsync_v2", times) for times in (1, ALWAYS)),
 ]
@@ -377,7 +398,7 @@ def test_a_call_of_the_driver_that_fails(tmp_path, ring, call, times, after, cod
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
 @pytest.mark.parametrize("chunks", [1, 20])
 @pytest.mark.parametrize("sharding", ["one", "rows"])
-@pytest.mark.parametrize("pinned", [(0,), (0, 2, 4)])
+@pytest.mark.parametrize("pinned", [(0,), (5,), (0, 2, 4), (1, 3, 5)])
 def test_lanes_that_cannot_be_pinned(tmp_path, codec, chunks, sharding, pinned):
     """The others do their work, whoever's it was to be."""
     data = numbers(400, 1000)
@@ -441,6 +462,51 @@ def test_many_reads_that_never_end(tmp_path, ring, pipe, monkeypatch):
     for _ in range(5):
         with pytest.raises(TimeoutError, match=r"pipe: array 'w'.*READ_TIMEOUT"):
             hanging(file, 8).read(PinnedEngine(ring))
+    monkeypatch.setenv("JAXGDS_READ_TIMEOUT", "5")
+    assert_restored(array, data, engine=PinnedEngine(ring))
+    close()
+
+
+def interrupt(after: float, ready: threading.Event) -> threading.Thread:
+    def run() -> None:
+        ready.wait()
+        time.sleep(after)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_control_c(tmp_path, ring, codec):
+    """At moments of all sorts: the next restore works."""
+    data = numbers(3000, 2000)
+    array = stored(tmp_path, data, (300, 2000), codec)
+    for number in range(12):
+        ready = threading.Event()
+        thread = interrupt(0.001 * number**2, ready)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                ready.set()
+                while True:
+                    Memory([(array, sharded("a"))]).read(PinnedEngine(ring))
+        finally:
+            thread.join()
+        assert_restored(array, data, sharded("a"), PinnedEngine(ring))
+
+
+def test_control_c_while_reads_hang(tmp_path, ring, pipe, monkeypatch):
+    monkeypatch.setenv("JAXGDS_READ_TIMEOUT", "0")
+    file, close = pipe
+    data = numbers(*SMALL)
+    array = stored(tmp_path, data, SMALL)
+    ready = threading.Event()
+    thread = interrupt(0.3, ready)
+    with pytest.raises(KeyboardInterrupt):
+        ready.set()
+        hanging(file, 4).read(PinnedEngine(ring))
+    thread.join()
     monkeypatch.setenv("JAXGDS_READ_TIMEOUT", "5")
     assert_restored(array, data, engine=PinnedEngine(ring))
     close()
