@@ -92,11 +92,15 @@ class Allocation:
             self._thread.start()
             self._lowered.wait()
 
+    def wait(self) -> None:
+        """Returns when nothing is being allocated."""
+        if self._thread is not None:
+            self._thread.join()
+
     def arrays(self) -> list[jax.Array]:
         """One single-device array per destination; waits until all are allocated."""
         self.start()
-        assert self._thread is not None
-        self._thread.join()
+        self.wait()
         made: dict[int, jax.Array] = {}
         for done in self._done:
             made |= done.result()
@@ -257,7 +261,7 @@ class Program:
         return self._lowered.compile()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _program(
     specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...], x64: bool
 ) -> Program:  # x64: JAX's setting, on which it depends what it gives for 64-bit dtypes

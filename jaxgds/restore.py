@@ -106,7 +106,8 @@ def restore(
         with shown(sum(b.nbytes for b in buffers)) as arrived:
             engine.read(plan, buffers, arrived)
     finally:
-        filled = allocation.arrays()
+        allocation.wait()
+    filled = allocation.arrays()
     read = time.perf_counter()
     shards: dict[str, list] = {w.array.name: [] for w in wanted}
     for destination, array in zip(destinations, filled, strict=True):

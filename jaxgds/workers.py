@@ -1,8 +1,8 @@
 """The threads that read: stopped by the first failure or by Ctrl-C, and not waited for forever.
 
 A system call that hangs, as on a network file system whose server is gone, cannot be ended from
-here. So its thread is left behind: what it may still write into is kept alive by the thread's
-own references (see `Buffer`), and used for nothing else.
+here. So its thread, or the one that waits for it, is left behind: what may still be written into is
+kept alive by that thread's references (see `Buffer`), and used for nothing else.
 """
 
 import os

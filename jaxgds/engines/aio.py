@@ -14,8 +14,11 @@ from ctypes import POINTER, Structure, byref, c_char, c_int, c_int64, c_size_t, 
 from jaxgds.engines.posix import DirectFile
 
 
-# Of this process, those that hang in a read among them. The library's own limit is 20.
+# Of this process, those that hang in a read among them. The library's own limit is 20, and stays so
+# if something else in the process has used it before.
 MAX_THREADS = 1024
+# What is copied at once if it is in the page cache: a thread takes longer to be woken.
+SMALL = 64 << 10
 _SIGEV_NONE = 1
 
 
@@ -44,8 +47,10 @@ class _Block(Structure):
 class _Limits(Structure):
     """struct aioinit of glibc's aio.h."""
 
-    names = ("threads", "requests", "locks", "usedba", "debug", "users", "idle", "reserved")
-    _fields_ = [(name, c_int) for name in names]
+    _fields_ = [
+        (name, c_int)
+        for name in ("threads", "requests", "locks", "usedba", "debug", "users", "idle", "reserved")
+    ]
 
 
 @functools.cache
@@ -79,6 +84,9 @@ class Request:
         """
         block = self._block
         block.offset, block.returned = 0, -1  # nothing is read, whatever fails from here on
+        if nbytes <= SMALL and file.read_now(offset, nbytes, pointer):
+            block.error, block.offset, block.returned = 0, offset, nbytes
+            return
         fd, at, start, length = file.way(offset, nbytes)
         if self._file != (file, fd):
             self._follow(fd)

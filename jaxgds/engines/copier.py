@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 _NAP = 50e-6  # seconds between two looks at what is under way
-_LONG_NAP = 1e-3  # where nothing is under way, or to be done once it is
+_LONG_NAP = 1e-3  # where nothing is under way
+_LONGEST_NAP = 0.1  # where a read does not end that nobody waits for
 
 
 @dataclass(slots=True)
@@ -83,10 +84,12 @@ class Copier:
                 if not (self._end_reads() or self._end_copies()):
                     if slots is None and not (self._free or self._reading or self._copying):
                         break  # nothing could be pinned
-                    self._nap(stop)
+                    self._nap(_NAP if self._reading or self._copying else _LONG_NAP)
         finally:
-            parts.close()
-            self._drain(stop)
+            try:
+                parts.close()
+            finally:
+                self._drain()
 
     def _parts(self, reads: Iterator[Read]) -> Generator[tuple[_Part, DirectFile]]:
         """Cuts reads to parts; the file is open until the next part is asked for."""
@@ -95,11 +98,10 @@ class Copier:
             assert isinstance(source, Extent)
             with self._files.open(source.file, read.array) as file:
                 whole = direct(segment)
-                if whole is None:
-                    size = max(1, segment.nbytes)
-                else:
-                    size = PART if file.cached(source.offset, 1) else SLOT_BYTES
-                for done in range(0, segment.nbytes, size):
+                size = segment.nbytes
+                if whole is not None and size > PART:
+                    size = PART if file.cached(source.offset, PART) else SLOT_BYTES
+                for done in range(0, segment.nbytes, size or 1):
                     nbytes = min(size, segment.nbytes - done)
                     part = Extent(source.file, source.offset + done, nbytes)
                     yield _Part(read, part, segment, whole, done), file
@@ -161,26 +163,26 @@ class Copier:
             self._free.append(self._copying.popleft())
         return len(self._copying) < before
 
-    def _nap(self, stop: threading.Event) -> None:
+    def _nap(self, seconds: float) -> None:
         if self._reading:
             _, oldest = self._reading[0]
             waits(oldest.began, oldest.source.file, oldest.read.array)
         else:
             waits_no_more()
         with traced("read") if self._reading else nullcontext():
-            busy = (self._reading or self._copying) and not stop.is_set()
-            time.sleep(_NAP if busy else _LONG_NAP)
+            time.sleep(seconds)
 
-    def _drain(self, stop: threading.Event) -> None:
-        while self._reading:
+    def _drain(self) -> None:
+        nap = _NAP
+        while self._reading:  # perhaps for ever
             self._reading = [(s, p) for s, p in self._reading if not s.request.done]
-            self._nap(stop)
+            self._nap(nap)
+            nap = min(2 * nap, _LONGEST_NAP)
         waits_no_more()
-        try:
-            wait_for(self._copying)
-        finally:
+        with ExitStack() as closed:
             for slot in self._used:
-                slot.request.close()
+                closed.callback(slot.request.close)
+            wait_for(self._copying)
 
 
 def scatter(

@@ -39,9 +39,10 @@ class OpenFiles[File: _Closable]:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
+        with self._lock:  # a thread may be left behind
+            files, self._files = self._files, {}
+        for file in files.values():
             file.close()
-        self._files.clear()
 
     @contextmanager
     def open(self, path: str, array: str) -> Iterator[File]:

@@ -91,8 +91,8 @@ class _Restore:
             try:
                 reads = plan()
                 decoded = [r for r in reads if not is_raw(r)]
-                lanes = self._copying if all(r.codec == "raw" for r in decoded) else self._lanes
-                lanes = lanes[: len(decoded)]
+                inline = all(read.codec == "raw" for read in decoded)
+                lanes = self._lanes[: min(len(decoded), PINNERS if inline else len(self._lanes))]
                 self._raw = by_device([r for r in reads if is_raw(r)], self._ordinals)
                 self._decoded = by_device(decoded, self._ordinals)
                 self._decoding.update(lane for lane, _ in lanes)
@@ -116,11 +116,11 @@ class _Restore:
         again = [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(again, left_behind=self._ring.abandon)
         why = next(iter(self._unpinned.values()))
-        left = sum(bool(lane.slots) for lane, _ in self._lanes)
         unread = itertools.chain(*self._raw.values(), *self._decoded.values())
-        if not left or next(unread, None) is not None:
+        if next(unread, None) is not None:
             raise MemoryError(f"no host memory can be pinned: {why}")
-        return f"{left} of {left + len(self._unpinned)} readers: no more memory to pin: {why}"
+        left, lost = len(self._copying), sum(not lane.slots for lane in self._unpinned)
+        return f"{left} of {left + lost} pinned buffers: no more memory to pin: {why}" * bool(lost)
 
     def _pin(self, lanes: Sequence[tuple[Lane, int]], stop: threading.Event) -> None:
         for lane, home in lanes:
@@ -131,12 +131,11 @@ class _Restore:
 
     def _opened(self, lane: Lane, home: int) -> bool:
         """Whether a lane can be used; if not, the others do its work."""
-        if lane not in self._unpinned:
-            try:
-                lane.open(home)
-            except (cuda.CudaError, OSError) as e:
-                self._unpinned[lane] = e
-        return lane not in self._unpinned
+        try:
+            lane.open(home)
+        except (cuda.CudaError, OSError) as e:
+            self._unpinned[lane] = e
+        return bool(lane.slots)
 
     def _decode_all(self, lane: Lane, home: int, stop: threading.Event) -> None:
         """Carries out reads of compressed data, for GPU `home` first."""
@@ -168,14 +167,14 @@ class _Restore:
         waiting = [lane for lane, its_home in self._copying if its_home == home]
 
         def more() -> list[Slot] | None:
-            free = [
-                lane
-                for lane in waiting
-                if (lane.slots and lane not in self._decoding) or lane in self._unpinned
-            ]
-            for lane in free:
-                waiting.remove(lane)
-            return [slot for lane in free for slot in lane.slots] if free or waiting else None
+            if not waiting:
+                return None
+            slots = []
+            for lane in [lane for lane in waiting if lane not in self._decoding]:
+                if lane.slots or lane in self._unpinned:
+                    waiting.remove(lane)
+                    slots += lane.slots
+            return slots
 
         copier = Copier(copies, self._files, self._buffers, self._ordinals, more, self._arrived)
         copier.run(_todo(self._raw, home), stop)

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import functools
 import os
+import random
 import threading
 from collections.abc import Callable
 
@@ -34,8 +35,8 @@ class DirectFile:
     """One file.
 
     What the page cache holds is copied from there. What it lacks is read with O_DIRECT, which
-    is faster and leaves the cache to others. Where the file system cannot tell
-    (RWF_NOWAIT) or has no O_DIRECT, reads are plain ones.
+    is faster and leaves the cache to others, but for a page here and there. Where the file system
+    cannot tell (RWF_NOWAIT) or has no O_DIRECT, reads are plain ones.
     """
 
     def __init__(self, path: str):
@@ -65,15 +66,29 @@ class DirectFile:
         return self._fd, offset % BLOCK, offset, nbytes
 
     def cached(self, offset: int, nbytes: int) -> bool:
-        """Whether the page cache has a range's ends; True where the file system cannot tell."""
+        """Whether the page cache has one page of a range; True where the file system cannot tell.
+
+        Any page, for to ask for one has the kernel fetch it: the next restore is not to find
+        exactly those that this one asked for.
+        """
         if not self._flags:
             return True
+        byte = ctypes.c_char()
         try:
-            ends = {offset, offset + nbytes - 1}
-            return all(_in_page_cache(self._fd, end) for end in ends)
+            at = offset + random.randrange(nbytes)
+            return _read_now(self._fd, ctypes.addressof(byte), 1, at) is not None
         except OSError:
             self._flags = 0
             return True
+
+    def read_now(self, offset: int, nbytes: int, pointer: int) -> bool:
+        """Copies a range to where `read` would, if that takes no waiting; whether it did."""
+        if not self._flags:
+            return False
+        try:
+            return _read_now(self._fd, pointer + offset % BLOCK, nbytes, offset) == nbytes
+        except OSError:
+            return False  # who reads it the other way finds out why
 
     def read(self, offset: int, nbytes: int, view: memoryview, array: str) -> int:
         """Reads a range of the file somewhere into `view`, and returns at which offset.
@@ -158,7 +173,7 @@ class _Vector(ctypes.Structure):
 
 @functools.cache
 def _preadv2() -> Callable[..., int]:
-    # Keeps the interpreter lock, which others would take: with RWF_NOWAIT it returns at once.
+    # Keeps the interpreter lock, which others would take: RWF_NOWAIT waits for no disk or server.
     function = ctypes.PyDLL(None, use_errno=True).preadv2
     function.argtypes = [
         ctypes.c_int,
@@ -171,15 +186,19 @@ def _preadv2() -> Callable[..., int]:
     return function
 
 
-def _in_page_cache(fd: int, offset: int) -> bool:
-    """OSError where the file system cannot tell."""
-    byte = ctypes.c_char()
-    vector = _Vector(ctypes.addressof(byte), 1)
-    if _preadv2()(fd, ctypes.byref(vector), 1, offset, os.RWF_NOWAIT) >= 0:
-        return True
+def _read_now(fd: int, pointer: int, nbytes: int, offset: int) -> int | None:
+    """How many bytes were read; None if they would have to be waited for.
+
+    Raises:
+      OSError: the file system cannot tell, or the bytes cannot be read.
+    """
+    vector = _Vector(pointer, nbytes)
+    count = _preadv2()(fd, ctypes.byref(vector), 1, offset, os.RWF_NOWAIT)
+    if count >= 0:
+        return count
     if ctypes.get_errno() == errno.EAGAIN:
-        return False
-    raise OSError(ctypes.get_errno(), "")
+        return None
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def unreadable(path: str, array: str, reason: OSError) -> CheckpointError:

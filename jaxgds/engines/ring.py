@@ -13,15 +13,16 @@ from jaxgds.engines import cuda
 from jaxgds.engines.aio import Request
 
 
-# Decoding takes every core that there is.
+# Lanes: decoding takes every core that there is.
 THREADS_PER_GPU = 32
-# Lanes for raw reads; and how many reads at once: 10, 12, 14 and 16 gave 43..47, 45..49, 46..49 and
-# 47..50 GB/s (10 GB in memory, a host with 16 cores, an H100 that takes 50 from pinned memory).
+# Lanes that the raw reads of a GPU use; and how many of these at once: 10, 12, 14 and 16 gave
+# 43..47, 45..49, 46..49 and 47..50 GB/s (10 GB in memory, a host with 16 cores, an H100 that takes
+# 50 from pinned memory).
 COPIERS_PER_GPU = 12
 READS = 14
 PINNERS = 4  # threads
 SLOTS = 2
-# What is scattered in one piece, and what is read at once from a disk or a server. From memory,
+# What is scattered in one piece, and what is read at once from a disk. From memory,
 # rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35 GB/s.
 SLOT_BYTES = scatter.MAX_STAGED
 # What is read at once from the page cache: 1, 2 and 4 MiB gave 33, 48 and 42..50 GB/s. More does
@@ -105,7 +106,7 @@ class Copies:
 
 
 class Lane:
-    """The slots of one thread."""
+    """The slots that a decoding thread uses, or hands on to the copier of its GPU."""
 
     def __init__(self, slots: int, slot_bytes: int):
         self.slot_bytes = slot_bytes
@@ -227,7 +228,10 @@ class Ring:
 
 
 def near(ordinal: int) -> None:
-    """Keeps the calling thread on the NUMA node of GPU `ordinal`, where there are several."""
+    """Keeps the calling thread on the NUMA node of GPU `ordinal`, where there are several.
+
+    The C library's threads for reads inherit that, but serve the copiers of all GPUs.
+    """
     cpus = cuda.near_cpus(ordinal)
     if cpus:
         os.sched_setaffinity(0, cpus)

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgds.engines.aio import Request
+from jaxgds.engines.aio import SMALL, Request
 from jaxgds.engines.posix import BLOCK, DirectFile
 
 
 SIZE = 3 * (1 << 20) + 777  # of the file
 ROOM = 1 << 20  # of a read
 REQUESTS = 6
+LONG = SMALL + 1  # what is not read at once
 
 
 class Slot:
@@ -134,8 +135,8 @@ def test_descriptors(stored, file):
     others, slot = opened(), Slot()
     for _ in range(2):
         for at in (0, 5000):
-            slot.begin(file, at, 100)
-            assert slot.found(at, 100) == content[at : at + 100]
+            slot.begin(file, at, LONG)
+            assert slot.found(at, LONG) == content[at : at + LONG]
             (own,) = opened() - others
             assert not os.get_inheritable(own)
         slot.request.close()
@@ -185,20 +186,20 @@ def test_no_descriptor_is_left(stored, file):
     """Nor then."""
     _, content, _ = stored
     slot = Slot()
-    slot.begin(file, 5000, 100)
-    assert slot.found(5000, 100) == content[5000:5100]
+    slot.begin(file, 5000, LONG)
+    assert slot.found(5000, LONG) == content[5000 : 5000 + LONG]
     slot.request.close()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
     try:
         with pytest.raises(OSError) as e:
-            slot.begin(file, 0, 100)
+            slot.begin(file, 0, LONG)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert e.value.errno == errno.EMFILE
-    assert slot.found(0, 100) is None
-    slot.begin(file, 0, 100)
-    assert slot.found(0, 100) == content[:100]
+    assert slot.found(0, LONG) is None
+    slot.begin(file, 0, LONG)
+    assert slot.found(0, LONG) == content[:LONG]
     slot.request.close()
 
 

@@ -314,7 +314,7 @@ def test_too_little_memory_to_pin(tmp_path, leaks_nothing):
         engine = PinnedEngine(ring)
         ((_, got),) = restored(stored(tmp_path, data, (1500, 3001)), one(), engine)
         np.testing.assert_array_equal(got, data)
-        assert engine.note.startswith("2 of 4 readers: no more memory to pin")
+        assert engine.note.startswith("2 of 4 pinned buffers: no more memory to pin")
         for lane, _ in ring.lanes([GPUS[0].local_hardware_id]):
             lane.close()
             lane._count = 1 << 40

@@ -411,7 +411,7 @@ def test_lanes_that_cannot_be_pinned(tmp_path, codec, chunks, sharding, pinned):
                 lane._count = 1 << 40  # slots
         engine = PinnedEngine(ring)
         assert_restored(array, data, SHARDINGS[sharding], engine)
-        assert re.match(f"{len(pinned)} of . readers: no more memory to pin", engine.note)
+        assert re.match(f"{len(pinned)} of . pinned buffers: no more memory to pin", engine.note)
     finally:
         ring.close()
 

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from typing import Never
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_an_interrupt_does_not_wait_for_who_hangs(disk, monkeypatch, limit):
     monkeypatch.setenv("JAXGDS_READ_TIMEOUT", limit)
     left = []
 
-    def interrupt() -> None:
+    def interrupt() -> Never:
         while not disk.reads:
             pass
         raise KeyboardInterrupt
@@ -126,7 +127,7 @@ def test_an_error_meanwhile_is_raised_when_all_have_stopped():
         while True:
             check_stop()
 
-    def fails() -> None:
+    def fails() -> Never:
         raise ValueError("the plan")
 
     with pytest.raises(ValueError, match="the plan"):
