@@ -53,6 +53,9 @@ class Copier:
       copies: of this thread.
       ordinals: of each destination, the GPU.
       more: gives slots that are for this thread from now on; None if there will be no others.
+
+    Attributes:
+      slow: why a read could not be begun, and was waited for instead; None if there was none.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Copier:
         self._reading: list[tuple[Slot, _Part]] = []
         self._copying: deque[Slot] = deque()  # one stream: the first ends first
         self._used: set[Slot] = set()
+        self.slow: OSError | None = None
 
     def run(self, reads: Iterator[Read], stop: threading.Event) -> None:
         """Returns, or raises, when nothing is under way."""
@@ -117,7 +121,8 @@ class Copier:
             part.began = time.monotonic()
             try:
                 slot.request.begin(file, source.offset, source.nbytes, slot.pointer)
-            except OSError:
+            except OSError as e:
+                self.slow = e
                 self._end_read(slot, part)
             else:
                 self._reading.append((slot, part))

@@ -83,6 +83,7 @@ class _Restore:
         self._planned = threading.Event()
         self._decoding: set[Lane] = set()
         self._unpinned: dict[Lane, Exception] = {}
+        self._slow: OSError | None = None
 
     def run(self, plan: Callable[[], Sequence[Read]]) -> str:
         """Returns what to note."""
@@ -107,9 +108,13 @@ class _Restore:
         targets = targets[: len(new)]
         targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
-        if not self._unpinned:
-            return ""
-        # Again with those that are pinned: reads may be left that only others were to carry out.
+        notes = [self._carry_on()] if self._unpinned else []
+        if self._slow is not None:
+            notes.append(f"some reads were waited for one by one: {self._slow}")
+        return "; ".join(filter(None, notes))
+
+    def _carry_on(self) -> str:
+        """Carries out what lanes that cannot be pinned have left; returns what to note."""
         self._copying = [(lane, home) for lane, home in self._lanes if lane.slots]
         again = [functools.partial(self._decode_all, *one) for one in self._copying]
         run_threads(again, left_behind=self._ring.abandon)
@@ -120,7 +125,9 @@ class _Restore:
         if next(unread, None) is not None:
             raise MemoryError(f"no host memory can be pinned: {why}")
         left, lost = len(self._copying), sum(not lane.slots for lane in self._unpinned)
-        return f"{left} of {left + lost} pinned buffers: no more memory to pin: {why}" * bool(lost)
+        if not lost:  # another thread had more luck
+            return ""
+        return f"{left} of {left + lost} pinned buffers: no more memory to pin: {why}"
 
     def _pin(self, lanes: Sequence[tuple[Lane, int]], stop: threading.Event) -> None:
         for lane, home in lanes:
@@ -178,6 +185,7 @@ class _Restore:
 
         copier = Copier(copies, self._files, self._buffers, self._ordinals, more, self._arrived)
         copier.run(_todo(self._raw, home), stop)
+        self._slow = copier.slow or self._slow
 
     def _decode(self, read: Read, lane: Lane, copies: Copies) -> None:
         """What is compressed, or held inline by the metadata."""

@@ -247,6 +247,25 @@ def test_a_file_for_each_chunk(tmp_path, ring, few_files, sharding):
     assert_restored(array, data, SHARDINGS[sharding], PinnedEngine(ring))
 
 
+def test_no_descriptor_for_a_request(tmp_path, ring, few_files):
+    """The file can be opened, but that is all: its reads are plain ones, and the report says so."""
+    data = numbers(*SMALL)
+    array = stored(tmp_path, data, SMALL)
+    few_files(8)
+    others = []
+    with pytest.raises(OSError, match="Too many open files"):
+        while True:
+            others.append(os.open(os.devnull, os.O_RDONLY))
+    os.close(others.pop())
+    engine = PinnedEngine(ring)
+    try:
+        assert_restored(array, data, engine=engine)
+    finally:
+        for fd in others:
+            os.close(fd)
+    assert "waited for one by one: [Errno 24]" in engine.note
+
+
 def shorter(file) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
