@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jaxgds.advice import advice
-from jaxgds.engines import cuda, gds_proof
+from jaxgds.engines import gds_proof, numa
 from jaxgds.errors import CheckpointError
 from jaxgds.inspect import inspect
 
@@ -56,7 +56,7 @@ def _devices() -> list[dict[str, Any]]:
             "platform": d.platform,
             "kind": d.device_kind,
             "bytes_limit": (d.memory_stats() or {}).get("bytes_limit"),
-            "numa_node": cuda.numa_node(d.local_hardware_id) if d.platform == "gpu" else None,
+            "numa_node": numa.numa_node(d.local_hardware_id) if d.platform == "gpu" else None,
         }
         for d in jax.local_devices()
     ]

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxgds import arrays
+from jaxgds.allocation import Allocation, own_settings
 from jaxgds.engines import Buffer, Engine, HostEngine, engine_for
 from jaxgds.index import StoredArray
 from jaxgds.plan import Destination, Plan, Read, all_shards, make_plan, summary
@@ -84,9 +85,7 @@ def restore(
     destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
     _check_room(destinations, dtypes)
-    allocation = arrays.Allocation(
-        destinations, [dtypes[d.array] for d in destinations], start=False
-    )
+    allocation = Allocation(destinations, [dtypes[d.array] for d in destinations], start=False)
     buffers = allocation.buffers
     bytes_read, planned = 0, start
 
@@ -135,7 +134,7 @@ def undisturbed[T](work: Callable[[], T]) -> T:
     x64 = bool(jax.config.jax_enable_x64)
 
     def run() -> T:
-        with arrays.own_settings(x64):
+        with own_settings(x64):
             return work()
 
     return watched(run)

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import functools
 import mmap
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -302,39 +301,3 @@ def copy_box(box: Box, src: int, dst: int, stream: int, *, on_device: bool) -> N
         depth=depth,
     )
     submit("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
-
-
-def numa_node(ordinal: int) -> int | None:
-    """The NUMA node of GPU `ordinal`; None where it is not known."""
-    device, text = c_int(), (c_char * 32)()
-    try:
-        call("cuDeviceGet", ctypes.byref(device), ordinal)
-        call("cuDeviceGetPCIBusId", text, 32, device)
-        with open(f"/sys/bus/pci/devices/{text.value.decode().lower()}/numa_node") as f:
-            node = int(f.read())
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
-
-
-@functools.cache
-def near_cpus(ordinal: int) -> set[int] | None:
-    """The CPUs on the NUMA node of GPU `ordinal`; None where there is one node, or none known."""
-    try:
-        if len([n for n in os.listdir("/sys/devices/system/node") if n[4:].isdigit()]) < 2:
-            return None
-        with open(f"/sys/devices/system/node/node{numa_node(ordinal)}/cpulist") as f:
-            cpus = parse_cpus(f.read())
-    except (OSError, ValueError):
-        return None
-    return (cpus & os.sched_getaffinity(0)) or None
-
-
-def parse_cpus(text: str) -> set[int]:
-    """The CPUs of a kernel list such as "0-3,8,10-11"."""
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first:
-            cpus |= set(range(int(first), int(last or first) + 1))
-    return cpus

@@ -21,9 +21,9 @@ from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.gds_proof import direct_reads, start_counting
 from jaxgds.engines.gds_proof import missing as missing
 from jaxgds.engines.host import direct, truncated
+from jaxgds.engines.numa import near
 from jaxgds.engines.pinned import PinnedEngine, ordinal_of
 from jaxgds.engines.posix import BLOCK
-from jaxgds.engines.ring import near
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced

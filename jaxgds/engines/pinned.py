@@ -12,8 +12,9 @@ from jaxgds.engines import cuda
 from jaxgds.engines.copier import Copier, scatter
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct, fill, opened, plain_files
+from jaxgds.engines.numa import near
 from jaxgds.engines.posix import DirectFile, direct_files
-from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot, near
+from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced

@@ -227,16 +227,6 @@ class Ring:
         self.streams.close()
 
 
-def near(ordinal: int) -> None:
-    """Keeps the calling thread on the NUMA node of GPU `ordinal`, where there are several.
-
-    The C library's threads for reads inherit that, but serve the copiers of all GPUs.
-    """
-    cpus = cuda.near_cpus(ordinal)
-    if cpus:
-        os.sched_setaffinity(0, cpus)
-
-
 def lane_count(gpus: int, threads: int, lane_bytes: int, cores: int | None = None) -> int:
     """As many lanes as there are cores and pinned memory for, and at least one per GPU."""
     cores = cores or len(os.sched_getaffinity(0))

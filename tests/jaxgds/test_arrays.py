@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxgds
-from jaxgds.arrays import MAX_ALIKE, Allocation
+from jaxgds.allocation import MAX_ALIKE, Allocation
 from jaxgds.scatter import Destination
 
 

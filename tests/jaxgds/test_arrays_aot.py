@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from jaxgds.arrays import Program
+from jaxgds.allocation import Program
 
 
 TARGET = Path(__file__).parents[2] / "configs" / "targets" / "h100.textproto"

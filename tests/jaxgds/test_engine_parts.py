@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgds.engines import HostEngine, cuda, engine_for
+from jaxgds.engines import HostEngine, engine_for, numa
 from jaxgds.engines.files import MAX_IDLE, OpenFiles
 from jaxgds.engines.gds import MIN_READ, unfit, windows
 from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
@@ -186,7 +186,7 @@ def test_of_files_in_use_none_is_closed_and_of_others_the_oldest():
     [("0-3,8,10-11\n", {0, 1, 2, 3, 8, 10, 11}), ("5", {5}), ("", set()), ("\n", set())],
 )
 def test_cpu_lists(text, cpus):
-    assert cuda.parse_cpus(text) == cpus
+    assert numa.parse_cpus(text) == cpus
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 import jaxgds
 import jaxgds.orbax
 from jaxgds import restore
-from jaxgds.arrays import Allocation
+from jaxgds.allocation import Allocation
 from jaxgds.engines import PinnedEngine, cufile, gds
 from jaxgds.engines.ring import Ring
 from jaxgds.errors import CheckpointError

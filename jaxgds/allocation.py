@@ -1,0 +1,271 @@
+"""XLA-owned memory for what is read.
+
+The buffers are written behind XLA's back, which it does not forbid but does not
+promise to support: so they are fresh, unaliased and ready before the first
+write, nothing reads them until the last write is done, and all of it happens here
+and in the engines.
+"""
+
+import ctypes
+import functools
+import itertools
+import math
+import mmap
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxgds.engines import Buffer
+from jaxgds.scatter import Destination
+
+
+# Results per program: more take longer to compile than to read into.
+MAX_RESULTS = 64
+# Of them with one shape and dtype: a sixteenth of those there are, for reading waits for the first.
+MIN_ALIKE, MAX_ALIKE = 4, 16
+
+type _Spec = tuple[tuple[int, ...], np.dtype]
+type _Call = list[tuple[_Spec, list[int]]]  # each with its destinations, on different devices
+
+
+class Allocation:
+    """Uninitialised memory for each destination, on the first of its devices.
+
+    Compiling the programs that allocate takes longer than many a read, so it happens in the
+    background: `buffers` are there at once, each one's `pointer` when its memory is.
+
+    Args:
+      start: begin at once; otherwise when `start` is called.
+
+    Attributes:
+      buffers: one per destination.
+      order: per destination, the number of the program call that allocates it.
+    """
+
+    def __init__(
+        self,
+        destinations: Sequence[Destination],
+        dtypes: Sequence[np.dtype],
+        *,
+        start: bool = True,
+    ):
+        self._specs = [(d.shape, t) for d, t in zip(destinations, dtypes, strict=True)]
+        self._calls = _calls(self._specs, [d.devices[0] for d in destinations])
+        self._x64 = bool(jax.config.jax_enable_x64)  # a thread's own setting, perhaps
+        self.order = [0] * len(destinations)
+        slots: list[Callable[[], int]] = [int] * len(destinations)
+        self._done: list[Future[dict[int, jax.Array]]] = []
+        for number, call in enumerate(self._calls):
+            done: Future[dict[int, jax.Array]] = Future()
+            self._done.append(done)
+            for i in itertools.chain.from_iterable(batch for _, batch in call):
+                self.order[i] = number
+                slots[i] = functools.partial(_pointer, done, i)
+        self.buffers = [
+            Buffer(slots[i], math.prod(d.shape) * t.itemsize, d.devices[0])
+            for i, (d, t) in enumerate(zip(destinations, dtypes, strict=True))
+        ]
+        self._lowered = threading.Event()
+        self._thread: threading.Thread | None = None
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Begins to allocate; returns when the first program is lowered.
+
+        For that is Python, which whatever else the caller did would slow down several times.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="jaxgds-allocate")
+            self._thread.start()
+            self._lowered.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being allocated."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def arrays(self) -> list[jax.Array]:
+        """One single-device array per destination; waits until all are allocated."""
+        self.start()
+        self.wait()
+        made: dict[int, jax.Array] = {}
+        for done in self._done:
+            made |= done.result()
+        pointers = {b.pointer for b in self.buffers if b.nbytes}
+        if len(pointers) != sum(b.nbytes > 0 for b in self.buffers):
+            raise RuntimeError("XLA returned one buffer for two arrays; please report this")
+        return [made[i] for i in range(len(self.buffers))]
+
+    def _run(self) -> None:
+        try:
+            with own_settings(self._x64):
+                for call, done in zip(self._calls, self._done, strict=True):
+                    done.set_result(self._allocate(call))
+        except BaseException as e:
+            for done in self._done:
+                if not done.done():
+                    done.set_exception(e)
+        finally:
+            self._lowered.set()
+
+    def _allocate(self, call: "_Call") -> dict[int, jax.Array]:
+        (devices,) = {tuple(self.buffers[i].device for i in batch) for _, batch in call}
+        # A mesh needs an axis to shard; scalars are not worth a program.
+        sized = tuple((shape, dtype) for (shape, dtype), _ in call if shape)
+        program = _program(sized, devices, self._x64) if sized else None
+        self._lowered.set()
+        results = iter(program.compiled() if program else ())
+        arrays: dict[int, jax.Array] = {}
+        for (shape, dtype), batch in call:
+            shards = _shards(next(results), devices) if shape else _scalars(dtype, devices)
+            arrays.update(zip(batch, shards, strict=True))
+        jax.block_until_ready(list(arrays.values()))
+        for i, array in arrays.items():
+            if self.buffers[i].device.platform == "cpu":
+                _huge_pages(array.unsafe_buffer_pointer(), self.buffers[i].nbytes)
+        return arrays
+
+
+@contextmanager
+def own_settings(x64: bool) -> Iterator[None]:
+    """For a thread of a restore: the caller's x64, and no checks.
+
+    Its programs give out memory not written yet, which may look like NaN, or cast NaN.
+    """
+    with (
+        jax.enable_x64(x64),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+    ):
+        yield
+
+
+def _pointer(done: "Future[dict[int, jax.Array]]", i: int) -> int:
+    return done.result()[i].unsafe_buffer_pointer()
+
+
+def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]:
+    """Program calls that allocate one array for each (shape, dtype) on its device.
+
+    Compiling a program is what allocation costs, almost whatever the number of its results. So
+    specs of which equally many arrays are wanted share one program, called again and again; and the
+    program with the most bytes comes first, for the others compile while those bytes are read.
+    """
+    waiting: dict[_Spec, dict[jax.Device, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
+        waiting[spec][device].append(i)
+    together: dict[tuple, list[_Spec]] = defaultdict(list)
+    for spec, queues in waiting.items():
+        together[tuple((device, len(queue)) for device, queue in queues.items())].append(spec)
+    programs: list[tuple[int, list[_Call]]] = []
+    for counts, alike in together.items():
+        for some in itertools.batched(alike, MAX_RESULTS):
+            most = min(MAX_ALIKE, max(MIN_ALIKE, max(n for _, n in counts) // 16))
+            most = min(most, MAX_RESULTS // len(some))
+            calls = [
+                [
+                    (spec, [queue[k] for queue in waiting[spec].values() if k < len(queue)])
+                    for k in turns
+                    for spec in some
+                ]
+                for turns in _turns([count for _, count in counts], most)
+            ]
+            programs.append((sum(map(_call_nbytes, calls)), calls))
+    programs.sort(key=lambda program: -program[0])
+    return [call for _, calls in programs for call in calls]
+
+
+def _turns(counts: Sequence[int], most: int) -> Iterator[range]:
+    """Splits range(max(counts)) into evenly long parts, in each of which the same queues have all.
+
+    counts: how many each queue holds. most: per part.
+    """
+    start = 0
+    for stop in sorted(set(counts)):
+        parts = -(-(stop - start) // most)
+        step = -(-(stop - start) // parts)
+        for at in range(start, stop, step):
+            yield range(at, min(at + step, stop))
+        start = stop
+
+
+def _call_nbytes(call: _Call) -> int:
+    return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call)
+
+
+class Program:
+    """An `empty_program`, lowered at once and compiled when it is first wanted."""
+
+    def __init__(self, specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]):
+        self._lowered = empty_program(specs, devices).lower()
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        # There is nothing to schedule: the scheduler's model of the GPU takes a third of the time.
+        with suppress(jax.errors.JaxRuntimeError):  # no such option
+            return self._lowered.compile({"xla_gpu_enable_latency_hiding_scheduler": False})
+        return self._lowered.compile()
+
+
+@functools.lru_cache(maxsize=512)
+def _program(
+    specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...], x64: bool
+) -> Program:  # x64: JAX's setting, on which it depends what it gives for 64-bit dtypes
+    return Program(specs, devices)
+
+
+def empty_program(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> jax.stages.Wrapped:
+    """A jitted function: per spec, an array of which each device has one uninitialised shard.
+
+    On CPU `lax.empty` is a fill with zeros, so there the output of a callback that does nothing is
+    used. XLA would merge two `lax.empty` of one shape: they differ in trailing axes of size 1.
+    """
+
+    def fill() -> list[jax.Array]:
+        seen: Counter[_Spec] = Counter()
+        made = []
+        for shape, dtype in specs:
+            seen[shape, dtype] += 1
+            ones = (1,) * (seen[shape, dtype] - 1)
+            made.append(lax.empty((*shape, *ones), jnp.dtype(dtype)).reshape(shape))
+        return made
+
+    if devices[0].platform == "cpu":
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]
+        fill = buffer_callback(lambda ctx, out: None, shapes, has_side_effect=True)
+    mesh = Mesh(np.array(devices), ("device",))
+    spec = PartitionSpec("device")
+    return jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False))
+
+
+def _shards(array: jax.Array, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    return [array.addressable_data(i) for i in range(len(devices))]
+
+
+def _scalars(dtype: np.dtype, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    return [jax.device_put(np.zeros((), dtype), d, may_alias=False) for d in devices]
+
+
+def _huge_pages(pointer: int, nbytes: int) -> None:
+    """Asks for huge pages, which make the first touch of a large buffer several times cheaper."""
+    page = mmap.PAGESIZE
+    start = -(-pointer // page) * page
+    size = (pointer + nbytes) // page * page - start
+    if size >= 2 << 20:  # a hint: its failure changes nothing
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
