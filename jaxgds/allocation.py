@@ -6,7 +6,6 @@ write, nothing reads them until the last write is done, and all of it happens he
 and in the engines.
 """
 
-import ctypes
 import functools
 import itertools
 import math
@@ -25,6 +24,7 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxgds.engines import Buffer
+from jaxgds.engines.pages import advise
 from jaxgds.scatter import Destination
 
 
@@ -41,25 +41,17 @@ class Allocation:
     """Uninitialised memory for each destination, on the first of its devices.
 
     Compiling the programs that allocate takes longer than many a read, so it happens in the
-    background: `buffers` are there at once, each one's `pointer` when its memory is.
-
-    Args:
-      start: begin at once; otherwise when `start` is called.
+    background, from `start` on: `buffers` are there at once, each one's `pointer` when its memory
+    is.
 
     Attributes:
       buffers: one per destination.
       order: per destination, the number of the program call that allocates it.
     """
 
-    def __init__(
-        self,
-        destinations: Sequence[Destination],
-        dtypes: Sequence[np.dtype],
-        *,
-        start: bool = True,
-    ):
-        self._specs = [(d.shape, t) for d, t in zip(destinations, dtypes, strict=True)]
-        self._calls = _calls(self._specs, [d.devices[0] for d in destinations])
+    def __init__(self, destinations: Sequence[Destination], dtypes: Sequence[np.dtype]):
+        specs = [(d.shape, t) for d, t in zip(destinations, dtypes, strict=True)]
+        self._calls = _calls(specs, [d.devices[0] for d in destinations])
         self._x64 = bool(jax.config.jax_enable_x64)  # a thread's own setting, perhaps
         self.order = [0] * len(destinations)
         slots: list[Callable[[], int]] = [int] * len(destinations)
@@ -76,8 +68,6 @@ class Allocation:
         ]
         self._lowered = threading.Event()
         self._thread: threading.Thread | None = None
-        if start:
-            self.start()
 
     def start(self) -> None:
         """Begins to allocate; returns when the first program is lowered.
@@ -262,10 +252,5 @@ def _huge_pages(pointer: int, nbytes: int) -> None:
     page = mmap.PAGESIZE
     start = -(-pointer // page) * page
     size = (pointer + nbytes) // page * page - start
-    if size >= 2 << 20:  # a hint: its failure changes nothing
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    if size >= 2 << 20:
+        advise(start, size, mmap.MADV_HUGEPAGE)

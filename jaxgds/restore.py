@@ -85,7 +85,7 @@ def restore(
     destinations = all_shards(pairs)
     dtypes = {w.array.name: arrays.stored_dtype(w.array.layout.dtype) for w in wanted}
     _check_room(destinations, dtypes)
-    allocation = Allocation(destinations, [dtypes[d.array] for d in destinations], start=False)
+    allocation = Allocation(destinations, [dtypes[d.array] for d in destinations])
     buffers = allocation.buffers
     bytes_read, planned = 0, start
 

@@ -172,8 +172,6 @@ class Copier:
         if self._reading:
             _, oldest = self._reading[0]
             waits(oldest.began, oldest.source.file, oldest.read.array)
-        else:
-            waits_no_more()
         with traced("read") if self._reading else nullcontext():
             time.sleep(seconds)
 

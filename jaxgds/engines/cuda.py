@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
+from jaxgds.engines.pages import advise
 from jaxgds.engines.strided import Box
 
 
@@ -231,16 +232,11 @@ class Pinned:
         memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(memory)
         self.pointer = ctypes.addressof(c_char.from_buffer(memory))
-        for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):  # their failure is harmless
-            _libc().madvise(c_void_p(self.pointer), c_size_t(nbytes), advice)
+        for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
+            advise(self.pointer, nbytes, advice)
         call("cuMemHostRegister_v2", self.pointer, nbytes, _PORTABLE)
         # The view goes along, so that the memory is there for as long as the driver knows it.
         self.close = when_dropped(self, _unregister, ordinal, self.pointer, self.view)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def _unregister(ordinal: int, pointer: int, view: memoryview) -> None:

@@ -99,6 +99,7 @@ def restored(array: StoredArray, sharding, engine) -> list[tuple[tuple, np.ndarr
     """(box, content) of every shard."""
     plan = make_plan([(array, sharding)])
     allocation = Allocation(plan.destinations, [array.layout.dtype] * len(plan.destinations))
+    allocation.start()
     try:
         engine.read(lambda: plan.reads, allocation.buffers)
     finally:
