@@ -41,8 +41,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not stand_in.LIBRARY, reason="run by test_stand_in.py"),
 ]
-MESH = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
-ONE = SingleDeviceSharding(jax.devices()[0])
+MESH = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("a", "b"))
+ONE = SingleDeviceSharding(jax.devices("cpu")[0])
 EDGE = 64  # bytes around each destination that nobody may write
 SMALL = (300, 700)
 
