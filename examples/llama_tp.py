@@ -1,116 +1,45 @@
 """A tensor-parallel Llama in Flax NNX, its parameters named as in Hugging Face's checkpoints.
 
-A weight is bf16, or FP8 with a float32 scale per output, as `jaxgds prepare --quantize fp8` makes
-it. The shardings are those of configs/rules, and XLA splits the matrix products by them.
+The shardings are those of configs/rules, and XLA splits the matrix products by them.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
-from examples.llama_config import Config, rope
-from examples.sharded_cache import attend
+from examples.llama_config import Config
+from examples.llama_layers import Embedding, Layer, Norm
 from jaxgds.rules import shipped
 from jaxgds.shardings import with_shardings
 
 
-class Linear(nnx.Module):
-    def __init__(self, outputs: int, inputs: int, fp8: bool = False):
-        self.weight = nnx.Param(
-            jnp.zeros((outputs, inputs), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
-        )
-        if fp8:
-            self.weight_scale = nnx.Param(jnp.ones((outputs, 1), jnp.float32))
-
-    def __call__(self, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:
-        """In float32, as is the sum over devices where the inputs are split."""
-        w = self.weight[...].astype(x.dtype)
-        y = jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
-        return y * self.weight_scale[..., 0] if hasattr(self, "weight_scale") else y
+# The parts of the model as programs. Within another one each is traced once, not once a layer.
+@jax.jit
+def run_embedding(table: Embedding, tokens: Array):
+    return table.lookup(tokens)
 
 
-class Embedding(Linear):
-    """Split by vocabulary, so that it can be the head, too."""
-
-    def lookup(self, tokens: Int[Array, "batch new"], mesh: Mesh) -> Float[Array, "batch new dim"]:
-        """Each device looks up those of its rows; left to itself XLA would gather the table."""
-
-        def of_own_rows(table, tokens):
-            row = tokens - jax.lax.axis_index("tp") * len(table)
-            mine = (0 <= row) & (row < len(table))
-            return jax.lax.psum(jnp.where(mine[..., None], table[row], 0), "tp")
-
-        specs = (P("tp"), P())
-        lookup = jax.shard_map(of_own_rows, mesh=mesh, in_specs=specs, out_specs=P())
-        return lookup(self.weight[...], tokens)
-
-
-class Norm(nnx.Module):
-    def __init__(self, dim: int, eps: float):
-        self.weight, self.eps = nnx.Param(jnp.ones(dim, jnp.float32)), eps
-
-    def __call__(self, x: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
-        x = x.astype(jnp.float32)
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return (x * self.weight[...]).astype(jnp.bfloat16)
-
-
-class Attention(nnx.Module):
-    def __init__(self, c: Config, mesh: Mesh):
-        self.config, self.mesh = c, mesh
-        self.q_proj = Linear(c.heads * c.head_dim, c.dim, c.fp8)
-        self.k_proj = Linear(c.kv_heads * c.head_dim, c.dim, c.fp8)
-        self.v_proj = Linear(c.kv_heads * c.head_dim, c.dim, c.fp8)
-        self.o_proj = Linear(c.dim, c.heads * c.head_dim, c.fp8)
-
-    def __call__(self, x: Array, cache: pk.KVCache, counts: Array) -> tuple[Array, pk.KVCache]:
-        positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-        q, k, v = (
-            y(x).reshape(*x.shape[:2], -1, self.config.head_dim).astype(jnp.bfloat16)
-            for y in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rope(q, positions, self.config), rope(k, positions, self.config)
-        out, cache = attend(q, k, v, cache, counts, self.mesh)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
-
-
-class MLP(nnx.Module):
-    def __init__(self, c: Config):
-        self.gate_proj = Linear(c.mlp_dim, c.dim, c.fp8)
-        self.up_proj = Linear(c.mlp_dim, c.dim, c.fp8)
-        self.down_proj = Linear(c.dim, c.mlp_dim, c.fp8)
-
-    def __call__(self, x: Array) -> Array:
-        y = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(y.astype(x.dtype))
-
-
-class Layer(nnx.Module):
-    def __init__(self, c: Config, mesh: Mesh):
-        self.input_layernorm = Norm(c.dim, c.norm_eps)
-        self.self_attn = Attention(c, mesh)
-        self.post_attention_layernorm = Norm(c.dim, c.norm_eps)
-        self.mlp = MLP(c)
-
-    def __call__(self, x: Array, cache: pk.KVCache, counts: Array) -> tuple[Array, pk.KVCache]:
-        y, cache = self.self_attn(self.input_layernorm(x), cache, counts)
-        x = (x + y).astype(x.dtype)
-        return (x + self.mlp(self.post_attention_layernorm(x))).astype(x.dtype), cache
-
-
-@jax.jit  # within a jitted step: traced once, not once a layer
+@partial(jax.jit, donate_argnames="cache")
 def run_layer(layer: Layer, x: Array, cache: pk.KVCache, counts: Array):
     return layer(x, cache, counts)
 
 
+@jax.jit
+def run_head(head: Embedding, norm: Norm, x: Array, counts: Array):
+    x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return head(norm(x))
+
+
 class Decoder(nnx.Module):
     def __init__(self, c: Config, mesh: Mesh):
-        self.embed_tokens = Embedding(c.vocab, c.dim)
+        self.embed_tokens = Embedding(c, mesh)
         self.layers = nnx.List([Layer(c, mesh) for _ in range(c.layers)])
         self.norm = Norm(c.dim, c.norm_eps)
 
@@ -120,7 +49,11 @@ class Llama(nnx.Module):
         self.config, self.mesh = c, mesh
         self.model = Decoder(c, mesh)
         if not c.tied:
-            self.lm_head = Linear(c.vocab, c.dim)
+            self.lm_head = Embedding(c, mesh)
+
+    @property
+    def head(self) -> Embedding:
+        return self.model.embed_tokens if self.config.tied else self.lm_head
 
     def __call__(
         self,
@@ -129,13 +62,26 @@ class Llama(nnx.Module):
         counts: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch vocab"], list[pk.KVCache]]:
         """Logits after each sequence's last valid token, of `counts` new ones, and the caches."""
-        x, longer = self.model.embed_tokens.lookup(tokens, self.mesh), []
-        for layer, cache in zip(self.model.layers, caches, strict=True):
-            x, cache = run_layer(layer, x, cache, counts)
+        x, longer = self.read(tokens, caches, counts)
+        return run_head(self.head, self.model.norm, x, counts), longer
+
+    def read(
+        self,
+        tokens,
+        caches: list[pk.KVCache],
+        counts,
+        embedding: Callable[..., Array] = run_embedding,
+        layer: Callable[..., tuple[Array, pk.KVCache]] = run_layer,
+    ) -> tuple[Float[Array, "batch new dim"], list[pk.KVCache]]:
+        """What the last layer gives for all new tokens, and the caches. Donates the old ones.
+
+        embedding, layer: these programs, or what they were compiled to.
+        """
+        x, longer = embedding(self.model.embed_tokens, tokens), []
+        for one, cache in zip(self.model.layers, caches, strict=True):
+            x, cache = layer(one, x, cache, counts)
             longer.append(cache)
-        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        head = self.model.embed_tokens if self.config.tied else self.lm_head
-        return head(self.model.norm(x)), longer
+        return x, longer
 
 
 def make_mesh(devices: int | None = None) -> Mesh:

@@ -7,23 +7,20 @@ python -m examples.serve_llama prepared --prompt "The lighthouse on" --prompt "I
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
 
 import jaxgds
 import pallas_kernels as pk
 from examples.llama_config import Config
+from examples.llama_step import generate, prepared
 from examples.llama_tp import Llama, abstract_model, make_mesh
-from examples.sharded_cache import check_heads, make_caches
+from examples.sharded_cache import check_heads
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:  # what is wrong with the options is said before the weights are read
             fmt, mesh = pk.KVFormat(*args.bits), make_mesh(args.devices)
             prompts, tokenizer = read_prompts(args.path, args.tokens, args.prompt)
-            model = load(args.path, mesh)
+            how = (prompts, fmt, args.new_tokens, args.chunk)
+            model, ready = load_and_compile(args.path, mesh, lambda model: prepared(model, *how))
         except (OSError, ValueError) as e:
             raise SystemExit(f"{type(e).__name__}: {e}") from e
         start = time.perf_counter()
-        how = (args.new_tokens, args.chunk, args.temperature, args.seed, ends(args.path))
-        answers = generate(model, prompts, fmt, *how)
+        drawing = (args.temperature, args.seed, ends(args.path))
+        answers = generate(model, *how, *drawing, ready)
         seconds = time.perf_counter() - start
     if jax.process_index() == 0:
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -104,84 +102,29 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def load(path: Path, mesh: Mesh) -> Llama:
     """The model on the mesh, from `jaxgds prepare`, Orbax, or Hugging Face's safetensors."""
+    return load_and_compile(path, mesh, lambda model: None)[0]
+
+
+def load_and_compile[T](path: Path, mesh: Mesh, compile: Callable[[Llama], T]) -> tuple[Llama, T]:
+    """The same, and what `compile` gives for the model without weights, while they are read."""
     config = read_config(path)
     prepared = path / "jaxgds.json"
     fp8 = prepared.exists() and json.loads(prepared.read_text())["quantize"] == "fp8"
     c = Config.of(config, fp8)
     check_heads(c.kv_heads, mesh)
     graph, state = abstract_model(c, mesh)
-    nnx.replace_by_pure_dict(state, jaxgds.load(path, nnx.to_pure_dict(state)))
-    return nnx.merge(graph, state)
+    shapes = nnx.merge(graph, state)
+    weights, compiled = jaxgds.load_and_compile(
+        path, nnx.to_pure_dict(state), lambda: compile(shapes)
+    )
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state), compiled
 
 
 def ends(path: Path) -> frozenset[int]:
     """The tokens that end an answer."""
     found = read_config(path).get("eos_token_id")
     return frozenset(found if isinstance(found, list) else () if found is None else (found,))
-
-
-@partial(jax.jit, donate_argnames="caches")
-def step(
-    model: Llama,
-    caches: list[pk.KVCache],
-    tokens: Int[Array, "batch new"],
-    counts: Int[Array, " batch"],
-    temperature: Float[Array, ""],
-    seeds: Int[Array, " 2"],
-) -> tuple[Int[Array, " batch"], list[pk.KVCache]]:
-    """Reads the first `counts` of each sequence's new tokens, and draws the token after them.
-
-    Several tokens are a chunk of the prompts, one is a step of decoding. Temperature 0 takes the
-    most probable token; else the two seeds (of all draws, of this one) decide.
-    """
-    logits, caches = model(tokens, caches, counts)
-    key = jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])
-    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-    best = jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
-    everywhere = NamedSharding(model.mesh, PartitionSpec())
-    return jax.lax.with_sharding_constraint(best, everywhere), caches
-
-
-def generate(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    fmt: pk.KVFormat,
-    new_tokens: int,
-    chunk: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    ends: frozenset[int] = frozenset(),
-) -> list[list[int]]:
-    """Continues prompts of any lengths as one batch; an answer stops before a token in `ends`."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.size or not lengths.all():
-        raise ValueError("every prompt needs at least one token")
-    c, longest = model.config, int(lengths.max())
-    chunk = min(chunk, longest)
-    padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    caches = make_caches(
-        c.layers, model.mesh, fmt, len(prompts), longest + new_tokens, c.kv_heads, c.head_dim
-    )
-    warmth, token = np.float32(temperature), np.zeros(len(prompts), np.int32)
-    for start in range(0, longest, chunk):
-        counts = np.clip(lengths - start, 0, chunk)
-        part, seeds = padded[:, start : start + chunk], np.array([seed, 0], np.int32)
-        drawn, caches = step(model, caches, part, counts, warmth, seeds)
-        token = np.where(counts > 0, drawn, token)
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = np.ones(len(prompts), bool)
-    for i in range(1, new_tokens + 1):
-        going &= ~np.isin(token, list(ends))
-        for answer, last, goes in zip(answers, token.tolist(), going, strict=True):
-            answer.extend([last] if goes else [])
-        if i == new_tokens or not going.any():
-            break
-        counts, seeds = going.astype(np.int32), np.array([seed, i], np.int32)
-        drawn, caches = step(model, caches, token[:, None], counts, warmth, seeds)
-        token = np.asarray(drawn)
-    return answers
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """`jaxgds bench coldstart`: from the start of a process to its first token, part by part.
 
 A naive script (stock Orbax restores, then the step compiles) against one in which both overlap
-(and imports overlap with the start of the devices), each in fresh processes on the same prepared
-checkpoint, with and without a compilation cache; and one that keeps the step's executable, so that
-nothing is traced.
+(and imports overlap with the start of the devices) and all layers share one program, each in fresh
+processes on the same prepared checkpoint, with and without a compilation cache; and one that keeps
+the executables, so that nothing is traced.
 """
 
 # matplotlib is optional.
@@ -36,7 +36,7 @@ from jaxgds.sources import Model, Tensor, tree_keys
 CASES = {
     "jaxgds, cache cold": ("jaxgds", "cold"),
     "jaxgds, cache warm": ("jaxgds", "warm"),
-    "jaxgds, executable kept": ("kept", "warm"),
+    "jaxgds, executables kept": ("kept", "warm"),
     "naive": ("naive", None),
     "naive, cache warm": ("naive", "warm"),
 }
@@ -65,7 +65,7 @@ def run(
     Returns:
       Plain JSON types. results: for each case seconds (of each part; those of `load` and `compile`
       are parts of `load_and_compile` where that is given), compile_seconds (`compile` in parts:
-      making the KV caches, tracing, lowering, XLA, or reading the executable), total, and
+      making the KV caches, tracing and lowering, XLA, or reading executables), total, and
       after_init (from when JAX was ready). A case that failed has error.
 
     Raises:
@@ -186,7 +186,7 @@ def table(found: Mapping[str, Any]) -> str:
         if row["name"] == "jaxgds, cache cold":
             best = max(s["load"], s["compile"])
             lines.append(f"cold: after init {row['after_init'] / best:.2f} of max(load, compile)")
-        if row["name"] in ("jaxgds, cache warm", "jaxgds, executable kept"):
+        if row["name"] in ("jaxgds, cache warm", "jaxgds, executables kept"):
             best, name = s["load"] + s["prefill"], row["name"].rpartition(" ")[2]
             lines.append(f"{name}: after init {row['after_init'] / best:.2f} of load + prefill")
     return "\n".join(lines)

@@ -3,21 +3,28 @@
 `python -m jaxgds.bench.coldstart_run LOADER CHECKPOINT CACHE DEVICES PROMPT STARTED`; CACHE is the
 directory of JAX's persistent compilation cache ("" for none), PROMPT a number of tokens, STARTED
 the monotonic clock when the process was started. The model is that of examples/serve_llama.py.
-LOADER "naive" does one thing after the other; "jaxgds" starts the devices while it imports the
-rest, and loads while it compiles; "kept" does not trace and compile, but takes the executable that
-"jaxgds" left in CACHE.
+LOADER "naive" does one thing after the other, and a step is one program; "jaxgds" starts the
+devices while it imports the rest, and loads while it compiles one program for all layers; "kept"
+does not trace and compile, but takes the executables that "jaxgds" left in CACHE.
 """
 
 import pickle
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
-KEPT = "step.executable"
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from examples.llama_step import Programs
+
+
+KEPT = "step.executables"
 
 
 def main(loader: str, path: str, cache: str, devices: int, prompt: int, started: float) -> None:
@@ -43,7 +50,7 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     from flax import nnx
 
     import pallas_kernels as pk
-    from examples import serve_llama
+    from examples import llama_step
     from examples.llama_config import Config
     from examples.llama_tp import abstract_model, make_mesh
     from examples.sharded_cache import make_caches
@@ -71,36 +78,44 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
         caches = make_caches(c.layers, mesh, pk.KVFormat(), 1, prompt + 64, c.kv_heads, c.head_dim)
         times.append(time.monotonic())
         arguments = (nnx.merge(graph, state), caches, *rest)
-        if loader == "kept":
-            parts, step = ("caches", "executable"), kept(Path(cache) / KEPT, arguments, mesh)
+        parts = ("caches", "lower", "xla")
+        if loader == "naive":
+            lowered = llama_step.step.lower(*arguments)
+            times.append(time.monotonic())
+            programs = lowered.compile()
+        elif loader == "jaxgds":
+            lowered = llama_step.lowered(llama_step.arguments(*arguments))
+            times.append(time.monotonic())
+            programs = llama_step.compiled(lowered)
         else:
-            parts = ("caches", "trace", "lower", "xla")
-            traced = serve_llama.step.trace(*arguments)
-            times.append(time.monotonic())
-            lowered = traced.lower()
-            times.append(time.monotonic())
-            step = lowered.compile()
+            parts = ("caches", "executables")
+            programs = kept(Path(cache) / KEPT, llama_step.arguments(*arguments), mesh)
         times.append(time.monotonic())
-        return step, caches, {p: b - a for p, (a, b) in zip(parts, pairwise(times), strict=True)}
+        took = {p: b - a for p, (a, b) in zip(parts, pairwise(times), strict=True)}
+        return programs, caches, took
 
     if loader == "naive":
         done("build")
         with ocp.StandardCheckpointer() as checkpointer:
             tree = jax.block_until_ready(checkpointer.restore(folder, target))
         done("load")
-        step, caches, compiling = compiled()
+        programs, caches, compiling = compiled()
         done("compile")
     else:
         import jaxgds
 
         done("build")
-        tree, (step, caches, compiling) = jaxgds.load_and_compile(folder, target, compiled)
+        tree, (programs, caches, compiling) = jaxgds.load_and_compile(folder, target, compiled)
         done("load_and_compile")
         report = jaxgds.last_report()
         assert report is not None and not report.fallbacks, report
         seconds |= {"load": report.seconds, "compile": sum(compiling.values())}
     nnx.replace_by_pure_dict(state, tree)
-    token, _ = step(nnx.merge(graph, state), caches, *rest)
+    arguments = (nnx.merge(graph, state), caches, *rest)
+    if loader == "naive":
+        token, _ = programs(*arguments)
+    else:
+        token, _ = llama_step.step_by_layers(*arguments, programs)
     token = int(token[0])
     done("prefill")
     found = {
@@ -114,28 +129,31 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     print(json.dumps(found))
     file = Path(cache) / KEPT
     if cache and loader == "jaxgds" and not file.exists():  # else it may come from the cache itself
-        keep(step, file)
+        keep(programs, file)
 
 
-def keep(step: Any, file: Path) -> None:
-    """Writes an executable, for processes on the same machine with the same code and versions."""
+def keep(programs: Iterable[Any], file: Path) -> None:
+    """Writes executables, for processes on the same machine with the same code and versions."""
     from jax.experimental.serialize_executable import serialize
 
-    payload, _, results = serialize(step)
-    file.write_bytes(pickle.dumps((payload, results)))
+    # Without what the arguments look like: that names devices of this process.
+    file.write_bytes(pickle.dumps([serialize(program)[::2] for program in programs]))
 
 
-def kept(file: Path, arguments: tuple, mesh: Any) -> Any:
-    """The executable for `arguments` on the devices of `mesh` that `keep` wrote."""
+def kept(file: Path, arguments: "Programs", mesh: "Mesh") -> "Programs":
+    """The executables for `arguments` that `keep` wrote, on the devices of `mesh`."""
     import jax
     from jax.experimental.serialize_executable import deserialize_and_load
 
     import pallas_kernels.mosaic  # noqa: F401  (loads the library that its kernels are linked with)
 
-    payload, results = pickle.loads(file.read_bytes())
-    arguments_of = jax.tree.structure((arguments, {}))
-    devices = list(mesh.devices.flat)
-    return deserialize_and_load(payload, arguments_of, results, execution_devices=devices)
+    programs, devices = [], list(mesh.devices.flat)
+    for (payload, results), given in zip(pickle.loads(file.read_bytes()), arguments, strict=True):
+        structure = jax.tree.structure((given, {}))
+        programs.append(
+            deserialize_and_load(payload, structure, results, execution_devices=devices)
+        )
+    return type(arguments)(*programs)
 
 
 if __name__ == "__main__":

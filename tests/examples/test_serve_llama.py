@@ -16,7 +16,7 @@ import small_llama
 from jax.sharding import Mesh
 
 import pallas_kernels as pk
-from examples import serve_llama
+from examples import llama_step, serve_llama
 from examples.llama_config import Config
 from examples.sharded_cache import make_caches
 from jaxgds.prepare import prepare
@@ -119,7 +119,7 @@ def test_devices_exchange_activations_and_no_weights(folder, weights):
     model = serve_llama.load(folder / "bf16", mesh_of(8))
     caches = make_caches(2, model.mesh, EXACT, 1, 64, 8, 64)
     shapes = np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.float32(0), np.zeros(2, np.int32)
-    text = str(serve_llama.step.lower(model, caches, *shapes).compile().as_text())
+    text = str(llama_step.step.lower(model, caches, *shapes).compile().as_text())
     found = re.findall(r"\w+\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all)", text)
     assert len(found) >= 5  # one for the embedding, two a layer
     for shape, _ in found:
@@ -154,7 +154,7 @@ def test_script_answers_alike_on_one_and_on_eight_devices(folder, weights, tmp_p
 
 def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
     model = serve_llama.load(folder / "bf16", mesh_of(1))
-    draw = lambda *a, **k: serve_llama.generate(model, PROMPTS, EXACT, 5, 8, *a, **k)  # noqa: E731
+    draw = lambda *a, **k: llama_step.generate(model, PROMPTS, EXACT, 5, 8, *a, **k)  # noqa: E731
     greedy, drawn = draw(0.0), draw(1.0, seed=3)
     assert drawn == draw(1.0, seed=3) != draw(1.0, seed=4)
     assert draw(1e-4, seed=3) == greedy != drawn
@@ -162,7 +162,7 @@ def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
     cut = [a[: a.index(end)] if end in a else a for a in greedy]
     assert draw(0.0, ends=frozenset([end])) == cut and len(cut[1]) < 5
     with pytest.raises(ValueError, match="at least one token"):
-        serve_llama.generate(model, [[1], []], EXACT, 5)
+        llama_step.generate(model, [[1], []], EXACT, 5)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
 def test_wrong_options_are_said_before_the_weights_are_read(
     folder, weights, options, said, monkeypatch, capsys
 ):
-    monkeypatch.setattr(serve_llama.jaxgds, "load", None)
+    monkeypatch.setattr(serve_llama.jaxgds, "load_and_compile", None)
     with pytest.raises(SystemExit) as ended:
         serve_llama.main([str(folder / "bf16"), *options])
     assert said in f"{ended.value} {capsys.readouterr().err}"
