@@ -1,8 +1,7 @@
 """Steps of examples/llama_tp.py: new tokens into the caches, and the token after them.
 
-`step` is one program: the fastest to run, and the slowest to compile, as XLA compiles every layer
-anew. `step_by_layers` does the same with one program for all layers, so that a process that has
-just started reads its first prompt with that.
+`step` is one program, for which XLA compiles every layer anew. `step_by_layers` does the same with
+one program for all layers: a process that has just started answers with that after seconds.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels as pk
 from examples.llama_layers import Embedding, Norm, everywhere
 from examples.llama_tp import Llama, run_embedding, run_head, run_layer
-from examples.sharded_cache import make_caches
 
 
 @jax.jit
@@ -70,9 +68,13 @@ def arguments(
     everything = NamedSharding(model.mesh, PartitionSpec())
     shape = (*tokens.shape, model.config.dim)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everything)
+    # Not the arrays: a step donates them.
+    cache = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), caches[0]
+    )
     return Programs(
         (model.model.embed_tokens, tokens),
-        (model.model.layers[0], x, caches[0], counts),
+        (model.model.layers[0], x, cache, counts),
         (model.head, model.model.norm, x, counts, temperature, seeds),
     )
 
@@ -85,64 +87,3 @@ def lowered(arguments: Programs) -> Programs:
 def compiled(programs: Programs) -> Programs:
     with ThreadPoolExecutor(len(programs)) as pool:
         return Programs(*pool.map(lambda program: program.compile(), programs))
-
-
-def generate(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    fmt: pk.KVFormat,
-    new_tokens: int,
-    chunk: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    ends: frozenset[int] = frozenset(),
-    ready: tuple[list[pk.KVCache], Programs] | None = None,
-) -> list[list[int]]:
-    """Continues prompts of any lengths as one batch; an answer stops before a token in `ends`.
-
-    ready: from `prepared`, for the same arguments.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.size or not lengths.all():
-        raise ValueError("every prompt needs at least one token")
-    longest = int(lengths.max())
-    chunk = min(chunk, longest)
-    padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    caches, programs = ready or (new_caches(model, prompts, fmt, new_tokens), AS_THEY_ARE)
-    warmth, token = np.float32(temperature), np.zeros(len(prompts), np.int32)
-    for start in range(0, longest, chunk):
-        counts = np.clip(lengths - start, 0, chunk)
-        part, seeds = padded[:, start : start + chunk], np.array([seed, 0], np.int32)
-        drawn, caches = step_by_layers(model, caches, part, counts, warmth, seeds, programs)
-        token = np.where(counts > 0, drawn, token)
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = np.ones(len(prompts), bool)
-    for i in range(1, new_tokens + 1):
-        going &= ~np.isin(token, list(ends))
-        for answer, last, goes in zip(answers, token.tolist(), going, strict=True):
-            answer.extend([last] if goes else [])
-        if i == new_tokens or not going.any():
-            break
-        counts, seeds = going.astype(np.int32), np.array([seed, i], np.int32)
-        drawn, caches = step(model, caches, token[:, None], counts, warmth, seeds)
-        token = np.asarray(drawn)
-    return answers
-
-
-def prepared(
-    model: Llama, prompts: Sequence[Sequence[int]], fmt: pk.KVFormat, new_tokens: int, chunk: int
-) -> tuple[list[pk.KVCache], Programs]:
-    """Caches and compiled programs for prompts, which need only the model's shapes."""
-    caches = new_caches(model, prompts, fmt, new_tokens)
-    counts = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), min(chunk, int(counts.max()))), np.int32)
-    rest = (counts, np.float32(0), np.zeros(2, np.int32))
-    return caches, compiled(lowered(arguments(model, caches, tokens, *rest)))
-
-
-def new_caches(model: Llama, prompts, fmt: pk.KVFormat, new_tokens: int) -> list[pk.KVCache]:
-    c, longest = model.config, max(map(len, prompts)) + new_tokens
-    shape = (len(prompts), longest, c.kv_heads, c.head_dim)
-    return make_caches(c.layers, model.mesh, fmt, *shape)

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 import jaxgds
 import pallas_kernels as pk
+from examples.generate import generate, prepared
 from examples.llama_config import Config
-from examples.llama_step import generate, prepared
 from examples.llama_tp import Llama, abstract_model, make_mesh
 from examples.sharded_cache import check_heads
 
@@ -39,14 +39,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, help="how many; default all")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--executables", type=Path, help="a file that keeps what is compiled")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if not args.prompt and not args.tokens:
         parser.error("nothing to answer: give a --prompt, or --tokens")
     if min(args.new_tokens, args.chunk) < 1:
         parser.error("--new-tokens and --chunk are at least 1")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json: there is no directory {args.json.parent}")
+    for option in ("json", "executables"):
+        file = getattr(args, option)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{option}: there is no directory {file.parent}")
+    if args.distributed and args.executables:
+        parser.error("--executables is for one process")
+    if args.executables:  # one that comes from JAX's own cache cannot be kept again
+        jax.config.update("jax_enable_compilation_cache", False)
     if args.distributed:
         try:  # Slurm, Kubernetes, ...
             jax.distributed.initialize(heartbeat_timeout_seconds=30)
@@ -57,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             fmt, mesh = pk.KVFormat(*args.bits), make_mesh(args.devices)
             prompts, tokenizer = read_prompts(args.path, args.tokens, args.prompt)
             how = (prompts, fmt, args.new_tokens, args.chunk)
-            model, ready = load_and_compile(args.path, mesh, lambda model: prepared(model, *how))
+            model, ready = load_and_compile(
+                args.path, mesh, lambda model: prepared(model, *how, args.executables)
+            )
         except (OSError, ValueError) as e:
             raise SystemExit(f"{type(e).__name__}: {e}") from e
         start = time.perf_counter()

@@ -8,20 +8,12 @@ devices while it imports the rest, and loads while it compiles one program for a
 does not trace and compile, but takes the executables that "jaxgds" left in CACHE.
 """
 
-import pickle
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from examples.llama_step import Programs
+from typing import Any
 
 
 KEPT = "step.executables"
@@ -50,7 +42,7 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     from flax import nnx
 
     import pallas_kernels as pk
-    from examples import llama_step
+    from examples import executables, llama_step
     from examples.llama_config import Config
     from examples.llama_tp import abstract_model, make_mesh
     from examples.sharded_cache import make_caches
@@ -89,7 +81,10 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
             programs = llama_step.compiled(lowered)
         else:
             parts = ("caches", "executables")
-            programs = kept(Path(cache) / KEPT, llama_step.arguments(*arguments), mesh)
+            given = llama_step.arguments(*arguments)
+            kept = executables.load(Path(cache) / KEPT, given, mesh)
+            assert kept is not None, "they are for other code"
+            programs = llama_step.Programs(*kept)
         times.append(time.monotonic())
         took = {p: b - a for p, (a, b) in zip(parts, pairwise(times), strict=True)}
         return programs, caches, took
@@ -129,31 +124,7 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
     print(json.dumps(found))
     file = Path(cache) / KEPT
     if cache and loader == "jaxgds" and not file.exists():  # else it may come from the cache itself
-        keep(programs, file)
-
-
-def keep(programs: Iterable[Any], file: Path) -> None:
-    """Writes executables, for processes on the same machine with the same code and versions."""
-    from jax.experimental.serialize_executable import serialize
-
-    # Without what the arguments look like: that names devices of this process.
-    file.write_bytes(pickle.dumps([serialize(program)[::2] for program in programs]))
-
-
-def kept(file: Path, arguments: "Programs", mesh: "Mesh") -> "Programs":
-    """The executables for `arguments` that `keep` wrote, on the devices of `mesh`."""
-    import jax
-    from jax.experimental.serialize_executable import deserialize_and_load
-
-    import pallas_kernels.mosaic  # noqa: F401  (loads the library that its kernels are linked with)
-
-    programs, devices = [], list(mesh.devices.flat)
-    for (payload, results), given in zip(pickle.loads(file.read_bytes()), arguments, strict=True):
-        structure = jax.tree.structure((given, {}))
-        programs.append(
-            deserialize_and_load(payload, structure, results, execution_devices=devices)
-        )
-    return type(arguments)(*programs)
+        executables.save(file, programs, llama_step.arguments(*arguments), mesh)
 
 
 if __name__ == "__main__":

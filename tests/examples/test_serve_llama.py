@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 import pallas_kernels as pk
 from examples import llama_step, serve_llama
+from examples.generate import generate
 from examples.llama_config import Config
 from examples.sharded_cache import make_caches
 from jaxgds.prepare import prepare
@@ -152,9 +153,23 @@ def test_script_answers_alike_on_one_and_on_eight_devices(folder, weights, tmp_p
             assert scores[at, token] > scores[at].max() - 0.05 * scores.std()
 
 
+def test_executables_are_kept_for_the_next_process(folder, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    out, file = tmp_path / "out.json", tmp_path / "executables"
+    options = ["--new-tokens", "3", "--executables", str(file)]
+    expected = serve(folder / "fp8", out, "--new-tokens", "3")
+    assert serve(folder / "fp8", out, *options) == expected
+    written = file.stat().st_mtime_ns
+    assert serve(folder / "fp8", out, *options) == expected
+    assert file.stat().st_mtime_ns == written
+    serve(folder / "fp8", out, *options, "--bits", "8", "8")
+    assert file.stat().st_mtime_ns > written  # those were for other caches
+
+
 def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
     model = serve_llama.load(folder / "bf16", mesh_of(1))
-    draw = lambda *a, **k: llama_step.generate(model, PROMPTS, EXACT, 5, 8, *a, **k)  # noqa: E731
+    draw = lambda *a, **k: generate(model, PROMPTS, EXACT, 5, 8, *a, **k)  # noqa: E731
     greedy, drawn = draw(0.0), draw(1.0, seed=3)
     assert drawn == draw(1.0, seed=3) != draw(1.0, seed=4)
     assert draw(1e-4, seed=3) == greedy != drawn
@@ -162,7 +177,7 @@ def test_sampling_ends_and_bad_prompts(folder, weights, monkeypatch):
     cut = [a[: a.index(end)] if end in a else a for a in greedy]
     assert draw(0.0, ends=frozenset([end])) == cut and len(cut[1]) < 5
     with pytest.raises(ValueError, match="at least one token"):
-        llama_step.generate(model, [[1], []], EXACT, 5)
+        generate(model, [[1], []], EXACT, 5)
 
 
 @pytest.mark.parametrize(

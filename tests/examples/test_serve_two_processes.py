@@ -16,7 +16,8 @@ import small_llama
 from jax.sharding import Mesh
 
 import pallas_kernels as pk
-from examples import llama_step, serve_llama
+from examples import serve_llama
+from examples.generate import generate
 from jaxgds.prepare import prepare
 from jaxgds.rules import read_mesh
 
@@ -84,7 +85,7 @@ def test_two_processes_answer_like_one(prepared, tmp_path):
     assert [p.returncode for p in two] == [0, 0], outputs
     assert "tokens/s" in outputs[0] and "->" not in outputs[1]
     model = serve_llama.load(prepared, Mesh(np.array(jax.devices("cpu")[:1]), ("tp",)))
-    expected = llama_step.generate(model, [list(map(int, TOKENS.split(",")))], pk.KVFormat(), 4)
+    expected = generate(model, [list(map(int, TOKENS.split(",")))], pk.KVFormat(), 4)
     assert json.loads(out.read_text())["answers"] == expected
 
 
