@@ -2,7 +2,9 @@
 
 A Python thread must have the interpreter lock again after each read, which with a dozen of them
 takes longer than to read a megabyte. The threads of `aio_read` know no such lock. They
-work on one request of a file descriptor at a time, so each Request has its own.
+work on one request of a file descriptor at a time, so there is a `Descriptor` for each read at
+once; and the thread that has carried out one goes on with the next, if one is there already,
+without being woken.
 """
 
 import ctypes
@@ -11,7 +13,7 @@ import functools
 import os
 from ctypes import POINTER, Structure, byref, c_char, c_int, c_int64, c_size_t, c_ssize_t, c_void_p
 
-from jaxgds.engines.posix import DirectFile
+from jaxgds.engines.posix import DirectFile, Way
 
 
 # Of this process, those that hang in a read among them. The library's own limit is 20, and stays so
@@ -67,40 +69,71 @@ def _libc() -> ctypes.PyDLL:
     raise NotImplementedError("this C library has no aio_read64")
 
 
+class Descriptor:
+    """A file descriptor of its own, on which one read after the other is carried out.
+
+    Attributes:
+      file: what it stands for: a file and the way into it.
+      under_way: how many reads are begun and not ended.
+    """
+
+    __slots__ = ("fd", "file", "under_way")
+
+    def __init__(self) -> None:
+        self.fd, self.under_way = -1, 0
+        self.file: tuple[DirectFile, int] | None = None
+
+    def follow(self, file: DirectFile, fd: int) -> None:
+        """Gives it the meaning of `fd`, a way into `file`, which may be closed then."""
+        if self.file == (file, fd):
+            return
+        assert not self.under_way  # a read that is not begun yet would be of the new file
+        if self.fd < 0:
+            self.fd = os.dup(fd)
+        else:
+            os.dup2(fd, self.fd, inheritable=False)
+        self.file = file, fd
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd, self.file = -1, None
+
+
 class Request:
     """One read after another into pinned memory."""
 
-    __slots__ = ("_address", "_block", "_file", "_read")
+    __slots__ = ("_address", "_block", "_read")
 
     def __init__(self) -> None:
         self._block = _Block(fd=-1, notification=_Notification(how=_SIGEV_NONE))
         self._address, self._read = byref(self._block), _libc().aio_read64
-        self._file: tuple[DirectFile, int] | None = None
 
-    def begin(self, file: DirectFile, offset: int, nbytes: int, pointer: int) -> None:
-        """Begins to read a range of `file`, which may be closed then, to somewhere after `pointer`.
+    def at_once(self, file: DirectFile, offset: int, nbytes: int, pointer: int) -> bool:
+        """Whether a range of `file` was so short and near that it is read already.
 
-        Where that is, `DirectFile.read` says.
+        It lies somewhere after `pointer`; where, `DirectFile.read` says.
         """
         block = self._block
-        block.offset, block.returned = 0, -1  # nothing is read, whatever fails from here on
-        if nbytes <= SMALL and file.read_now(offset, nbytes, pointer):
-            block.error, block.offset, block.returned = 0, offset, nbytes
-            return
-        fd, at, start, length = file.way(offset, nbytes)
-        if self._file != (file, fd):
-            self._follow(fd)
-            self._file = file, fd
-        block.memory, block.offset, block.nbytes = pointer + at, start, length
-        if self._read(self._address):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        block.offset, block.returned, block.error = 0, -1, 0  # nothing is read, whatever fails
+        if nbytes > SMALL or not file.read_now(offset, nbytes, pointer):
+            return False
+        block.offset, block.returned = offset, nbytes
+        return True
 
-    def _follow(self, fd: int) -> None:
-        """Gives the request's descriptor, which nothing uses now, the meaning of `fd`."""
-        if self._block.fd < 0:
-            self._block.fd = os.dup(fd)
-        else:
-            os.dup2(fd, self._block.fd, inheritable=False)
+    def begin(self, descriptor: Descriptor, way: Way, pointer: int) -> None:
+        """Begins a read, after those of the same descriptor, to somewhere after `pointer`.
+
+        way: from `DirectFile.way`; the descriptor follows it.
+        """
+        block = self._block
+        _, at, start, length = way
+        block.fd, block.memory, block.nbytes = descriptor.fd, pointer + at, length
+        block.offset, block.returned = start, -1
+        if self._read(self._address):
+            block.offset = 0
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     @property
     def done(self) -> bool:
@@ -113,9 +146,3 @@ class Request:
     def filled(self, end: int) -> bool:
         """Whether the read that is done gave all bytes of the file up to `end`."""
         return self._block.offset + self._block.returned >= end
-
-    def close(self) -> None:
-        """Lets go of the file."""
-        if self._block.fd >= 0:
-            os.close(self._block.fd)
-            self._block.fd, self._file = -1, None

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
+from jaxgds.engines.aio import Descriptor
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
-from jaxgds.engines.posix import BLOCK, DirectFile
-from jaxgds.engines.ring import PART, READS, SLOT_BYTES, Copies, Slot, wait_for
+from jaxgds.engines.posix import BLOCK, DirectFile, Way
+from jaxgds.engines.ring import AHEAD, READS, SLOT_BYTES, Copies, Slot, wait_for
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -44,6 +45,7 @@ class _Part:
     whole: Piece | None
     done: int
     began: float = 0.0
+    descriptor: Descriptor | None = None  # that reads it
 
 
 class Copier:
@@ -72,7 +74,8 @@ class Copier:
         self._more, self._free = more, deque[Slot]()
         self._reading: list[tuple[Slot, _Part]] = []
         self._copying: deque[Slot] = deque()  # one stream: the first ends first
-        self._used: set[Slot] = set()
+        self._descriptors = [Descriptor() for _ in range(READS)]
+        self._next: tuple[_Part, DirectFile, Way] | None = None  # that waits for one of these
         self.slow: OSError | None = None
 
     def run(self, reads: Iterator[Read], stop: threading.Event) -> None:
@@ -102,31 +105,50 @@ class Copier:
             assert isinstance(source, Extent)
             with self._files.open(source.file, read.array) as file:
                 whole = direct(segment)
-                size = segment.nbytes
-                if whole is not None and size > PART:
-                    size = PART if file.cached(source.offset, PART) else SLOT_BYTES
-                for done in range(0, segment.nbytes, size or 1):
-                    nbytes = min(size, segment.nbytes - done)
+                for done in range(0, segment.nbytes, SLOT_BYTES):
+                    nbytes = min(SLOT_BYTES, segment.nbytes - done)
                     part = Extent(source.file, source.offset + done, nbytes)
                     yield _Part(read, part, segment, whole, done), file
 
     def _begin(self, parts: Iterator[tuple[_Part, DirectFile]]) -> bool:
         """Begins as many reads as there may be at once; whether there are others, perhaps."""
-        while self._free and len(self._reading) < READS:
-            part, file = next(parts, (None, None))
-            if part is None or file is None:
-                return False
-            slot, source = self._free.popleft(), part.source
-            self._used.add(slot)
+        while self._free:
+            slot = self._free[0]
+            if self._next is None:
+                part, file = next(parts, (None, None))
+                if part is None or file is None:
+                    return False
+                source, part.began = part.source, time.monotonic()
+                if slot.request.at_once(file, source.offset, source.nbytes, slot.pointer):
+                    self._reading.append((self._free.popleft(), part))
+                    continue
+                self._next = part, file, file.way(source.offset, source.nbytes)
+            part, file, way = self._next
+            descriptor = self._descriptor(file, way[0])
+            if descriptor is None:
+                break
             part.began = time.monotonic()
             try:
-                slot.request.begin(file, source.offset, source.nbytes, slot.pointer)
+                descriptor.follow(file, way[0])
+                slot.request.begin(descriptor, way, slot.pointer)
             except OSError as e:
-                self.slow = e
-                self._end_read(slot, part)
+                self.slow = e  # it is waited for when the read is found to have given nothing
             else:
-                self._reading.append((slot, part))
+                part.descriptor, descriptor.under_way = descriptor, descriptor.under_way + 1
+            self._next = None
+            self._reading.append((self._free.popleft(), part))
         return True
+
+    def _descriptor(self, file: DirectFile, fd: int) -> Descriptor | None:
+        """One with nothing to read; or else one that reads the same file, and little more."""
+        ahead = None
+        for descriptor in self._descriptors:
+            if not descriptor.under_way:
+                return descriptor
+            if descriptor.under_way <= AHEAD and descriptor.file == (file, fd):
+                if ahead is None or descriptor.under_way < ahead.under_way:
+                    ahead = descriptor
+        return ahead
 
     def _end_reads(self) -> bool:
         """Queues the copies of what is read; whether there was any."""
@@ -136,6 +158,8 @@ class Copier:
             if not slot.request.done:
                 under_way.append((slot, part))
                 continue
+            if part.descriptor is not None:
+                part.descriptor.under_way -= 1
             try:
                 self._end_read(slot, part)
             except BaseException:
@@ -183,8 +207,8 @@ class Copier:
             nap = min(2 * nap, _LONGEST_NAP)
         waits_no_more()
         with ExitStack() as closed:
-            for slot in self._used:
-                closed.callback(slot.request.close)
+            for descriptor in self._descriptors:
+                closed.callback(descriptor.close)
             wait_for(self._copying)
 
 

@@ -19,6 +19,9 @@ from jaxgds.workers import reading
 BLOCK = 4096
 
 
+type Way = tuple[int, int, int, int]  # descriptor, at, offset, bytes: see DirectFile.way
+
+
 def direct_files() -> "OpenFiles[DirectFile]":
     """Files to read from; CheckpointError, which names the array too, if one cannot be opened."""
 
@@ -52,7 +55,7 @@ class DirectFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def way(self, offset: int, nbytes: int) -> tuple[int, int, int, int]:
+    def way(self, offset: int, nbytes: int) -> Way:
         """How one system call may read a range: (descriptor, at, offset, bytes).
 
         It fills a view as `read` does, from `at` on.

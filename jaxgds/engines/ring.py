@@ -15,20 +15,19 @@ from jaxgds.engines.aio import Request
 
 # Lanes: decoding takes every core that there is.
 THREADS_PER_GPU = 32
-# Lanes that the raw reads of a GPU use; and how many of these at once: 10, 12, 14 and 16 gave
+# Lanes that the raw reads of a GPU use, and how many of these at once: 10, 12, 14 and 16 gave
 # 43..47, 45..49, 46..49 and 47..50 GB/s (10 GB in memory, a host with 16 cores, an H100 that takes
 # 50 from pinned memory).
-COPIERS_PER_GPU = 12
+COPIERS_PER_GPU = 16
 READS = 14
+AHEAD = 1  # how many others each of their threads finds when it has carried one out
 PINNERS = 4  # threads
 SLOTS = 2
-# What is scattered in one piece, and what is read at once from a disk. From memory,
-# rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35 GB/s.
+# What is scattered in one piece, and what is read at once: from memory, rows of 2 KiB in 2, 4 and
+# 8 MiB gave 44, 48 and 35 GB/s. On a host where a read takes 35 us to begin, 2 MiB with nothing
+# ahead gave 18 GB/s, 4 MiB 18, and with one ahead 20 and 25..28; on a fast one 2 and 4 MiB are
+# alike. Of 8 MiB too little stays in a core's cache until it is copied on.
 SLOT_BYTES = scatter.MAX_STAGED
-# What is read at once from the page cache: 1, 2 and 4 MiB gave 33, 48 and 42..50 GB/s. More does
-# not stay in a core's cache until it is copied on: a bare loop of reads into 4 MiB of memory
-# took half the time of one into 16 MiB.
-PART = 2 << 20
 # A slot has room for a read that is widened to whole blocks at both ends.
 MARGIN = 2 * 4096
 MAX_PINNED = 512 << 20
@@ -201,7 +200,7 @@ class Ring:
         slots: int = SLOTS,
         slot_bytes: int = SLOT_BYTES,
     ):
-        assert slot_bytes >= max(PART, scatter.MAX_STAGED)
+        assert slot_bytes >= scatter.MAX_STAGED
         self.busy = threading.Lock()
         self.slot_bytes = slot_bytes
         self._threads, self._slots = threads, slots

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgds.engines.aio import SMALL, Request
+from jaxgds.engines.aio import SMALL, Descriptor, Request
 from jaxgds.engines.posix import BLOCK, DirectFile
 
 
@@ -23,16 +23,19 @@ LONG = SMALL + 1  # what is not read at once
 
 
 class Slot:
-    """Page-aligned memory with a request that reads into it."""
+    """Page-aligned memory with a request that reads into it, on a descriptor of its own."""
 
     def __init__(self):
         self._memory = mmap.mmap(-1, ROOM + 2 * BLOCK)
         self.pointer = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.request = Request()
+        self.request, self.descriptor = Request(), Descriptor()
 
     def begin(self, file: DirectFile, offset: int, nbytes: int) -> None:
         self._memory[:] = b"\xa5" * len(self._memory)
-        self.request.begin(file, offset, nbytes, self.pointer)
+        if not self.request.at_once(file, offset, nbytes, self.pointer):
+            way = file.way(offset, nbytes)
+            self.descriptor.follow(file, way[0])
+            self.request.begin(self.descriptor, way, self.pointer)
 
     def found(self, offset: int, nbytes: int) -> bytes | None:
         """What was read, once it is; None if it is not all that was asked for."""
@@ -47,7 +50,7 @@ def slots():
     made = [Slot() for _ in range(REQUESTS)]
     yield made
     for slot in made:
-        slot.request.close()
+        slot.descriptor.close()
 
 
 @pytest.fixture(scope="module", params=["cached", "cold"])
@@ -97,6 +100,26 @@ def test_several_reads_at_once(stored, slots, ranges):
         assert slot.found(offset, nbytes) == want, (offset, nbytes)
 
 
+def test_reads_that_follow_each_other(stored, slots):
+    """All of one descriptor; it can only be given to another file when they are done."""
+    path, content, before = stored
+    descriptor = Descriptor()
+    for file in (DirectFile(str(path)), DirectFile(str(path))):
+        before()
+        fd, *_ = file.way(0, LONG)
+        descriptor.follow(file, fd)
+        for i, slot in enumerate(slots):
+            slot.request.begin(descriptor, (fd, 0, i * BLOCK, LONG + BLOCK - 1), slot.pointer)
+            descriptor.under_way += 1
+        with pytest.raises(AssertionError):
+            descriptor.follow(DirectFile(str(path)), 0)
+        file.close()
+        for i, slot in enumerate(slots):
+            assert slot.found(i * BLOCK, LONG) == content[i * BLOCK :][:LONG]
+            descriptor.under_way -= 1
+    descriptor.close()
+
+
 @pytest.mark.parametrize("beyond", [0, 1, BLOCK, 10 * BLOCK])
 def test_the_end_of_the_file(stored, file, slots, beyond):
     _, content, before = stored
@@ -139,8 +162,8 @@ def test_descriptors(stored, file):
             assert slot.found(at, LONG) == content[at : at + LONG]
             (own,) = opened() - others
             assert not os.get_inheritable(own)
-        slot.request.close()
-        slot.request.close()
+        slot.descriptor.close()
+        slot.descriptor.close()
         assert opened() == others
 
 
@@ -188,7 +211,7 @@ def test_no_descriptor_is_left(stored, file):
     slot = Slot()
     slot.begin(file, 5000, LONG)
     assert slot.found(5000, LONG) == content[5000 : 5000 + LONG]
-    slot.request.close()
+    slot.descriptor.close()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
     try:
@@ -200,7 +223,7 @@ def test_no_descriptor_is_left(stored, file):
     assert slot.found(0, LONG) is None
     slot.begin(file, 0, LONG)
     assert slot.found(0, LONG) == content[:LONG]
-    slot.request.close()
+    slot.descriptor.close()
 
 
 def test_reads_that_wait_do_not_hold_up_others(tmp_path, stored, file, slots):
@@ -223,7 +246,7 @@ def test_reads_that_wait_do_not_hold_up_others(tmp_path, stored, file, slots):
     os.write(end, b"y" * 100 * len(waiting))
     for slot in waiting:
         assert slot.found(0, 100) == b"y" * 100
-        slot.request.close()
+        slot.descriptor.close()
     os.close(end)
 
 

@@ -29,7 +29,7 @@ import jaxgds
 from jaxgds.engines import Buffer, PinnedEngine, cuda
 from jaxgds.engines.cuda import CudaError
 from jaxgds.engines.posix import BLOCK
-from jaxgds.engines.ring import PART, Ring
+from jaxgds.engines.ring import Ring
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
 from jaxgds.plan import make_plan
@@ -144,10 +144,10 @@ def test_onto_eight_gpus(tmp_path, ring, chunk, codec, sharding):
 @pytest.mark.parametrize("gap", [0, 13, BLOCK - 1, BLOCK])
 def test_reads_of_any_length(tmp_path, ring, gap, cold):
     """Around a block, a part, and the largest that is staged; the last one ends with the file."""
-    ends = [n + d for n in (BLOCK, PART, MAX_STAGED) for d in (-1, 0, 1)]
+    ends = [n + d for n in (BLOCK, MAX_STAGED) for d in (-1, 0, 1)]
     arrays, want, blob = [], {}, b"x" * gap
     file = str(tmp_path / "data.bin")
-    for i, nbytes in enumerate([1, 3 * PART + 1, *ends]):
+    for i, nbytes in enumerate([1, 3 * MAX_STAGED + 1, *ends]):
         data = np.random.default_rng(i).integers(0, 256, nbytes, np.uint8)
         layout = Layout((nbytes,), data.dtype, (nbytes,), (nbytes,), "raw", False, "", ".")
         arrays.append(StoredArray(f"w{i}", layout, {f"w{i}/0": Extent(file, len(blob), nbytes)}))
@@ -466,8 +466,9 @@ def pipe(tmp_path):
 
 
 def hanging(file: str, chunks: int) -> Memory:
-    layout = Layout((chunks, PART), np.dtype(np.uint8), (1, PART), (1, PART), "raw", False, "", ".")
-    values = {f"w/{i}.0": Extent(file, i * PART, PART) for i in range(chunks)}
+    size = MAX_STAGED
+    layout = Layout((chunks, size), np.dtype(np.uint8), (1, size), (1, size), "raw", False, "", ".")
+    values = {f"w/{i}.0": Extent(file, i * size, size) for i in range(chunks)}
     return Memory([(StoredArray("w", layout, values), ONE)])
 
 
