@@ -97,6 +97,7 @@ def _append(
         after = append(cache, k, v)
         for ref, x in zip(jax.tree.leaves(refs), jax.tree.leaves(after), strict=True):
             ref[...] = x
+        return after.lengths  # to wait for
 
     most = _XLA_COPIES if xla else _MOST_COPIES
     shape = (fmt, batch, before + tokens, sizes.kv_heads, sizes.head_dim)
@@ -142,9 +143,11 @@ def difference(one: pk.KVCache, other: pk.KVCache) -> float:
             raise ArithmeticError(f"wrong: {name} differs from xla's")
     for name in ("k_scale", "v_scale", "key_offset"):
         a, b = (np.asarray(getattr(x, name)).astype(np.float32) for x in (one, other))
-        # A number that is as near to two levels changes its vector's scale by up to a hundredth.
-        if not np.allclose(a, b, rtol=2.0**-6, atol=1e-5):
-            raise ArithmeticError(f"wrong: {name} differs from xla's")
+        # A number that is as near to two levels changes its vector's scale by about a hundredth.
+        off = np.abs(a - b) / np.maximum(np.abs(b), 1e-5)
+        if not (off.max(initial=0) < 2.0**-4 and np.mean(off > 2.0**-6) < _TOLERANCE):
+            text = f"{np.sum(off > 2.0**-6)} of {off.size}, by up to {off.max():.2%}"
+            raise ArithmeticError(f"wrong: {name} differs from xla's: {text}")
     # So many whatever the size of the pool: unpacking is compiled once for a format.
     pages = np.linspace(0, len(one.k_scale) - 1, _CHECKED).round().astype(int)
     differ = []
