@@ -37,9 +37,12 @@ test-aot: .venv-aot/installed-aot
 	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic tests/jaxgds/test_arrays_aot.py
 
 sanitize: $(for_dev)
-	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
-		$(bin)/python tests/sanitize.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(bin)/python tests/sanitize.py
+	set -e; for case in $$($(bin)/python tests/sanitize.py --list); do \
+		for tool in "memcheck --report-api-errors no" racecheck; do \
+			compute-sanitizer --tool $$tool --error-exitcode 1 --show-backtrace no \
+				$(bin)/python tests/sanitize.py $$case; \
+		done; \
+	done
 
 lint: $(for_dev)
 	$(bin)/ruff check

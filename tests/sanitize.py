@@ -1,12 +1,14 @@
 """The Hopper kernels once each at small sizes, for compute-sanitizer (make sanitize).
 
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
-        python tests/sanitize.py
+        python tests/sanitize.py prefill-k4v4-d128
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
 
 API errors are not findings: XLA asks the driver for functions that it may lack. What the kernels
 are compared with, and the caches, are made on the CPU: each program that XLA runs on the GPU takes
-the sanitizer seconds. Arguments: the cases to run, default all. Ends with 1 if a result is wrong.
+the sanitizer seconds. Arguments: the cases to run, default all; --list prints their names. make has
+a process for each: memcheck itself has crashed in one that ran them all. Ends with 1 if a result
+is wrong.
 """
 
 import os
@@ -101,6 +103,10 @@ def compared(x: Any) -> list[np.ndarray]:
 
 
 def main(names: list[str]) -> int:
+    if names == ["--list"]:
+        with jax.default_device(jax.devices("cpu")[0]):
+            print(*cases())
+        return 0
     cpu, gpu = jax.devices("cpu")[0], jax.devices()[0]
     if getattr(gpu, "compute_capability", None) != "9.0":
         print(f"{gpu} is no Hopper GPU", file=sys.stderr)
