@@ -84,7 +84,11 @@ _last: TransferReport | None = None
 
 
 def last_report() -> TransferReport | None:
-    """The report of this process's newest restore; None before the first."""
+    """The report of this process's newest restore; None before the first.
+
+    Of a checkpoint of several items each item is a restore: all reports are in the log "jaxgds"
+    at INFO.
+    """
     return _last
 
 
@@ -97,6 +101,8 @@ def publish(report: TransferReport, of: TransferReport | None = None) -> None:
     global _last
     _last = of or report
     _log.info("%s", report)
+    for name, why in report.fallbacks.items():
+        _log.info("left to Orbax: %s: %s", name, why)
     monitoring = jax.monitoring
     for name in ("seconds", "index_seconds", "plan_seconds", "read_seconds"):
         monitoring.record_event_duration_secs(f"/jaxgds/restore/{name}", getattr(report, name))
