@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 import jaxgds  # noqa: E402
 import jaxgds.orbax  # noqa: E402
@@ -84,6 +85,27 @@ def main(process: int, port: str, folder: str) -> None:
                 # Chunks of the save are shards or smaller: what is read is what is needed. Only
                 # "columns" by rows needs parts of rows, and "both" by rows whole ones.
                 assert report.bytes_read == report.bytes_restored, (process, name, sharding)
+
+    # safetensors: whole rows of "columns", of which each process takes its own columns.
+    if process == 0:
+        whole = {
+            name: np.random.default_rng(0).integers(0, 100, x.shape).astype(x.dtype)
+            for name, x in tree.items()
+        }
+        save_file(whole, f"{folder}/model.safetensors")
+    multihost_utils.sync_global_devices("safetensors")
+    for sharding in (None, by_rows, by_columns, both, everywhere):
+        wanted = jax.tree.map(
+            lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s or x.sharding),
+            tree,
+        )
+        ours = jaxgds.load(f"{folder}/model.safetensors", wanted, strict=True)
+        for name, x in ours.items():
+            oracle.assert_same(x, make(x.shape, x.dtype, wanted[name].sharding))
+        report = oracle.last_report()
+        assert report.bytes_restored == local_bytes(ours)
+        if sharding in (by_rows, everywhere):
+            assert report.bytes_read == report.bytes_restored, (process, sharding)
 
     # A damaged file: both processes raise, neither waits for the other for ever.
     multihost_utils.sync_global_devices("damage")
