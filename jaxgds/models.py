@@ -12,7 +12,8 @@ from typing import Any
 
 # In a wheel the configs lie within the package, in a checkout beside it.
 _SHIPPED = [Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
+_GEMMA = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *_GEMMA, "mixtral")
 
 type Shapes = dict[str, tuple[int, ...]]
 
@@ -79,29 +80,42 @@ def parameters(config: Mapping[str, Any]) -> Shapes:
         layer |= {f"self_attn.{p}_proj.bias": (n,) for p, n in rows.items()}
     if family != "qwen2" and config.get("attention_bias"):
         layer["self_attn.o_proj.bias"] = (dim,)
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         layer |= {f"self_attn.{p}_norm.weight": (head_dim,) for p in "qk"}
     layer |= _mlp(config, dim)
-    layer |= {f"{p}_layernorm.weight": (dim,) for p in ("input", "post_attention")}
+    norms = ("input", "post_attention")
+    if family in ("gemma2", "gemma3_text"):
+        norms += ("pre_feedforward", "post_feedforward")
+    layer |= {f"{p}_layernorm.weight": (dim,) for p in norms}
     found: Shapes = {"model.embed_tokens.weight": (vocab, dim)}
     for i in range(layers):
         found |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     found["model.norm.weight"] = (dim,)
-    if not config.get("tie_word_embeddings", False):
+    if not config.get("tie_word_embeddings", family in _GEMMA):
         found["lm_head.weight"] = (vocab, dim)
     return found
 
 
 def _mlp(config: Mapping[str, Any], dim: int) -> Shapes:
-    hidden = _number(config, "intermediate_size")
-    if config["model_type"] != "mixtral":
-        up = {f"mlp.{p}_proj.weight": (hidden, dim) for p in ("gate", "up")}
-        return up | {"mlp.down_proj.weight": (dim, hidden)}
-    experts = _number(config, "num_local_experts")
-    found: Shapes = {"block_sparse_moe.gate.weight": (experts, dim)}
+    family = config["model_type"]
+    if family == "qwen3_moe":
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise ValueError("config.json: some layers have no experts: not known here")
+        hidden, experts = _number(config, "moe_intermediate_size"), _number(config, "num_experts")
+        part, up, down = "mlp", ("gate_proj", "up_proj"), "down_proj"
+    elif family == "mixtral":
+        hidden, experts = (
+            _number(config, name) for name in ("intermediate_size", "num_local_experts")
+        )
+        part, up, down = "block_sparse_moe", ("w1", "w3"), "w2"
+    else:
+        hidden = _number(config, "intermediate_size")
+        found = {f"mlp.{p}_proj.weight": (hidden, dim) for p in ("gate", "up")}
+        return found | {"mlp.down_proj.weight": (dim, hidden)}
+    found: Shapes = {f"{part}.gate.weight": (experts, dim)}
     for i in range(experts):
-        for name, shape in {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}.items():
-            found[f"block_sparse_moe.experts.{i}.{name}.weight"] = shape
+        found |= {f"{part}.experts.{i}.{name}.weight": (hidden, dim) for name in up}
+        found[f"{part}.experts.{i}.{down}.weight"] = (dim, hidden)
     return found
 
 

@@ -54,6 +54,41 @@ def test_shipped_models_have_the_published_number_of_parameters(model, count):
     assert sum(math.prod(shape) for shape in shapes.values()) == count
 
 
+def sizes(model_type, dim, mlp, layers, heads, kv_heads, head_dim, vocab, **others):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "vocab_size")
+    values = (dim, mlp, layers, heads, kv_heads, head_dim, vocab)
+    return {"model_type": model_type, **dict(zip(names, values, strict=True)), **others}
+
+
+EXPERTS = {"num_experts": 128, "moe_intermediate_size": 768, "tie_word_embeddings": False}
+
+
+# As on their model cards: Gemma 2B, Gemma 2 2B, Gemma 3 270M, Qwen3-30B-A3B.
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (sizes("gemma", 2048, 16384, 18, 8, 1, 256, 256_000), 2_506_172_416),
+        (sizes("gemma2", 2304, 9216, 26, 8, 4, 256, 256_000), 2_614_341_888),
+        (sizes("gemma3_text", 640, 2048, 18, 4, 1, 256, 262_144), 268_098_176),
+        (sizes("qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151_936, **EXPERTS), 30_532_122_624),
+    ],
+    ids=lambda x: x["model_type"] if isinstance(x, dict) else "",
+)
+def test_every_family_with_rules_can_be_planned(config, count):
+    shapes = models.parameters(config)
+    assert sum(math.prod(shape) for shape in shapes.values()) == count
+    found = capacity.plan(config, Setup(GPUS["H100"], read_mesh("tp=4"), "fp8"))
+    assert found["model"]["parameters"] == count
+
+
+def test_layers_without_experts_are_refused():
+    config = sizes("qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151_936, **EXPERTS)
+    for change in ({"mlp_only_layers": [3]}, {"decoder_sparse_step": 2}):
+        with pytest.raises(ValueError, match="some layers have no experts"):
+            models.parameters(config | change)
+
+
 @pytest.mark.parametrize("kv", ["bf16", "fp8", "K4V4", "K4V3", "K2V8"])
 @pytest.mark.parametrize(("batch", "length"), [(1, 100), (3, 777), (2, 4096)])
 def test_cache_bytes_are_those_of_the_cache(kv, batch, length):
@@ -213,7 +248,15 @@ def test_published_tables_side_by_side(tmp_path):
     out = tmp_path / "table.json"
     command = [sys.executable, "-m", "jaxgds", "plan", "--table", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "64,512" in done.stdout and "1.31 million" in done.stdout and "82K" in done.stdout
+    for figure in (
+        "64,512 bytes",
+        "1.31 million tokens",
+        "82K",
+        "94 GiB/s",
+        "32-bit norm",
+        "3.88x",
+    ):
+        assert figure in done.stdout, figure
     found = json.loads(out.read_text())
     for load in found["loads"]:
         assert load["weight_bytes"] == pytest.approx(load["published"]["gigabytes"] * 1e9, rel=0.02)
