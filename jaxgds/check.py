@@ -106,7 +106,7 @@ def _read_description(file: str) -> tuple[dict[str, _Entry], str]:
         }
         return entries, description["source"]["path"]
     except OSError as e:
-        raise CheckpointError(f"{file}: not a prepared checkpoint: {e}") from e
+        raise CheckpointError(f"{file}: not a prepared checkpoint: {e.strerror}") from e
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file}: damaged: {e!r}") from e
 

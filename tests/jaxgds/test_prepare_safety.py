@@ -12,6 +12,7 @@ import termios
 import threading
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -25,6 +26,7 @@ import jaxgds
 from jaxgds import cli, sources
 from jaxgds.check import check
 from jaxgds.errors import CheckpointError
+from jaxgds.index import open_index
 from jaxgds.prepare import prepare
 from jaxgds.rules import Mesh, Rule, Rules
 
@@ -159,7 +161,7 @@ def peak():
     with open("/proc/self/status") as f:
         return int(re.search(r"VmHWM:\s*(\d+) kB", f.read()).group(1)) << 10
 
-import orbax.checkpoint, tensorstore  # what is imported only when it is needed
+import gguf, orbax.checkpoint, tensorstore  # what is imported only when it is needed
 before = peak()
 spec = {"rows": (("tp",),), "columns": ((), ("tp",))}[sys.argv[4]]
 rules = Rules("test", (Rule(("*",), spec, eval(sys.argv[5])),))
@@ -175,6 +177,7 @@ print(peak() - before)
         ("safetensors", "fp8", "columns", 1),
         ("orbax-zstd", None, "columns", None),
         ("orbax-zstd", "fp8", "rows", 0),
+        ("gguf", "fp8", "rows", 1),
     ],
 )
 def test_memory_is_bounded(kind, method, spec, contract, large, tmp_path):
@@ -189,7 +192,21 @@ def large(tmp_path_factory):
     folder, shape = tmp_path_factory.mktemp("large"), (160_000, 1000)
     source = models.sparse_safetensors(folder / "m.safetensors", {"w": shape})
     zstd = oracle.save(folder / "zstd", {"w": np.zeros(shape, ml_dtypes.bfloat16)})
-    return {"safetensors": source, "orbax-zstd": zstd}
+    return {"safetensors": source, "orbax-zstd": zstd, "gguf": large_gguf(folder / "m.gguf")}
+
+
+def large_gguf(file: Path) -> Path:
+    """A tensor that takes 170 MB in the file, and 320 MB in bf16."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_embedding_length(1024)
+    writer.add_head_count(8)
+    blocks = np.zeros((156_256, 1024 // 32 * 34), np.uint8)
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 REFUSED = {
@@ -328,6 +345,28 @@ def test_command(source, tmp_path, capfd):
     for wrong in ([str(source)], [str(source), out], [str(source), f"{out}2", "--mesh", "x"]):
         assert cli.main(["prepare", *wrong]) == 2
         assert capfd.readouterr().err.startswith("jaxgds prepare: ")
+
+
+def test_command_with_rules_and_a_dtype(source, tmp_path, capsys):
+    rules, out = tmp_path / "own.toml", tmp_path / "out"
+    rules.write_text('[[rule]]\nnames = ["*.down_proj.weight"]\nspec = ["x"]\n')
+    command = ["prepare", str(source), str(out), "--mesh", "x=4", "--rules", str(rules)]
+    assert cli.main([*command, "--dtype", "float32"]) == 2
+    assert "own.toml: no rule is for the parameter" in capsys.readouterr().err
+    assert not out.exists()
+    with rules.open("a") as f:
+        f.write('[[rule]]\nnames = ["*"]\nspec = []\n')
+    assert cli.main([*command, "--dtype", "float32"]) == 0
+    weights, index = models.llama(), open_index(out)
+    for name in index.names():
+        layout = index.array(name).layout
+        assert layout.dtype == np.float32
+        split = layout.shape[0] // layout.chunk[0]
+        assert split == (4 if name.endswith("down_proj.weight") else 1), name
+    tree = jaxgds.load(out)
+    got = tree["model"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
+    expected = weights["model.layers.1.mlp.down_proj.weight"].astype(np.float32)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_shows_its_progress_on_a_terminal(large, tmp_path):
