@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jaxgds.advice import advice
-from jaxgds.engines import gds_proof, numa
+from jaxgds.engines import ENGINES, gds_proof, numa
 from jaxgds.errors import CheckpointError
 from jaxgds.inspect import inspect
 
@@ -21,6 +21,7 @@ def doctor(path: str | None = None) -> dict[str, Any]:
       FileNotFoundError: `path` does not exist.
     """
     found: dict[str, Any] = {"machine": _machine(), "devices": [], "gds": _gds()}
+    found["forced_engine"] = os.environ.get("JAXGDS_ENGINE") or None
     try:
         found["devices"] = _devices()
     except (RuntimeError, AssertionError) as e:  # without a word for a plugin that is missing
@@ -140,8 +141,18 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     """Which path a restore takes here, one sentence each."""
     if error := found.get("jax_error"):
         return [f"JAX does not start, so nothing can be restored: {error}"]
-    if not any(d["platform"] == "gpu" for d in found["devices"]):
+    forced, gpu = found["forced_engine"], any(d["platform"] == "gpu" for d in found["devices"])
+    if forced not in (None, *ENGINES):
+        return [f"JAXGDS_ENGINE={forced} names no engine, and restores fail: unset it."]
+    if forced and gpu == (forced == "host"):
+        return [
+            f"JAXGDS_ENGINE={forced} is no engine for JAX's devices: restores are left to Orbax, "
+            "and safetensors go through numpy. Unset it."
+        ]
+    if not gpu:
         return ["JAX sees no GPU: restores take the host path (preadv into host memory)."]
+    if forced:
+        return [f"Restores take the {forced} path, as JAXGDS_ENGINE asks for."]
     if not found["gds"]["ready"]:
         return ["Restores take the pinned path: reads into pinned memory, asynchronous copies."]
     return [

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxgds import prepare
+from jaxgds import doctor, prepare
 from jaxgds.bench.checkpoints import FORMATS
 from jaxgds.cli import main
 
@@ -50,6 +50,28 @@ def test_doctor(checkpoint, capsys):
     assert any("path" in line for line in found["verdict"])
     assert main(["doctor", str(checkpoint / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "platform, engine, says",
+    [
+        ("cpu", "", "host path"),
+        ("cpu", "host", "host path"),
+        ("cpu", "pinned", "JAXGDS_ENGINE=pinned is no engine for JAX's devices"),
+        ("gpu", "", "pinned path"),
+        ("gpu", "pinned", "pinned path, as JAXGDS_ENGINE asks for"),
+        ("gpu", "gds", "gds path, as JAXGDS_ENGINE asks for"),
+        ("gpu", "host", "JAXGDS_ENGINE=host is no engine for JAX's devices"),
+        ("gpu", "warp", "JAXGDS_ENGINE=warp names no engine"),
+    ],
+)
+def test_doctor_where_an_engine_is_forced(platform, engine, says, monkeypatch, capsys):
+    device = {"platform": platform, "kind": "H100", "bytes_limit": None, "numa_node": None}
+    monkeypatch.setattr(doctor, "_devices", lambda: [device])
+    monkeypatch.setattr(doctor.gds_proof, "missing", lambda: "kvikio is not installed")
+    monkeypatch.setenv("JAXGDS_ENGINE", engine)
+    assert main(["doctor"]) == 0
+    assert says in capsys.readouterr().out
 
 
 def test_doctor_where_jax_does_not_start(monkeypatch, capsys):
