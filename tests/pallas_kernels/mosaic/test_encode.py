@@ -164,6 +164,22 @@ def test_content_does_not_depend_on_the_chunks(append):
         np.testing.assert_array_equal(getattr(cache, name), getattr(whole, name))
 
 
+def test_sequences_share_the_pages_of_a_prefix(append):
+    """Both write the same there; what comes after is their own."""
+    fmt = pk.KVFormat(window=0, sinks=2, page_size=16)
+    k, v = (np.array(x) for x in tokens(2, 2 + 64, 64))
+    k[1, : 2 + 32], v[1, : 2 + 32] = k[0, : 2 + 32], v[0, : 2 + 32]
+    table = np.array([[4, 1, 5, 0], [4, 1, 3, 2]])
+    shared, own = (
+        append(pk.KVCache.create(fmt, 2, 66, HEADS, 64, page_table=x), k, v, [66, 66])
+        for x in (table, None)
+    )
+    assert shared.k_scale.shape[0] == 6 < own.k_scale.shape[0]
+    for kind in "kv":
+        for got, want in zip(stored(shared)[kind], stored(own)[kind], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zeros_extremes_and_what_is_no_number(append, bits):
     fmt = pk.KVFormat(bits, bits, window=0, sinks=0, key_offset=False, page_size=16)

@@ -27,6 +27,7 @@ def attend_both(
     counts=None,
     dtype=jnp.float32,
     architecture="hopper",
+    table=None,
     **options,
 ):
     """Float64 results of the kernel and of xla, a sequence each."""
@@ -35,7 +36,7 @@ def attend_both(
     k = rng.standard_normal(shape) + 2 * rng.standard_normal((1, 1, 1, head_dim))
     v = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal((*shape[:3], 1)))
     k, v = jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16)
-    cache = pk.KVCache.create(fmt, shape[0], shape[1], 1, head_dim)
+    cache = pk.KVCache.create(fmt, shape[0], shape[1], 1, head_dim, page_table=table)
     cache = cache.append(k[:, new:], v[:, new:], jnp.asarray(lengths, jnp.int32))
     k, v = k[:, :new], v[:, :new]
     q = jnp.asarray(2 * rng.standard_normal((shape[0], new, group, head_dim)), dtype)
@@ -80,6 +81,12 @@ def test_ragged_lengths_and_counts(interpret):
 def test_no_cache_sinks_or_offset_and_bfloat16(interpret):
     fmt = pk.KVFormat(window=0, sinks=0, key_offset=False)
     assert_close(attend_both(interpret, fmt, [0, 256], 130, 2, 64, dtype=jnp.bfloat16), 8e-3)
+
+
+def test_pages_in_any_order_and_shared(interpret):
+    fmt = pk.KVFormat(window=8, sinks=0, page_size=32)
+    table = jnp.asarray([[3, 1, 0, 2], [3, 1, 5, 4]], jnp.int32)
+    assert_close(attend_both(interpret, fmt, [136, 110], 20, 2, 64, table=table))
 
 
 @pytest.mark.parametrize(
