@@ -51,6 +51,13 @@ def test_safetensors_onto_a_mesh(tmp_path):
     assert held == [matrices // 8 + norms] * 8
 
 
+@pytest.mark.parametrize("name", ["serve_llama", "restore_orbax", "load_huggingface"])
+def test_scripts_stay_short(name):
+    assert (
+        len((Path(load_huggingface.__file__).parent / f"{name}.py").read_text().splitlines()) < 150
+    )
+
+
 @pytest.mark.parametrize(("path", "devices"), [("nowhere", "1"), (".", "0"), (".", "99")])
 def test_wrong_options_take_one_line(path, devices, tmp_path, monkeypatch):
     small_llama.write(tmp_path)

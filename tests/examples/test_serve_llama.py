@@ -99,6 +99,30 @@ def test_packed_cache_is_close(folder, weights):
     assert fine < 0.1 < coarse
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_gpus_give_what_host_devices_give(folder, weights, name, count):
+    """Over a cache most of which is packed, in chunks, the last one a step of decoding."""
+    gpus = [d for d in jax.devices() if d.platform == "gpu"]
+    if len(gpus) < count:
+        pytest.skip(f"{len(gpus)} GPUs")
+    assert on(gpus[:count], folder / name) < 0.05
+
+
+def test_one_host_device_gives_what_eight_give(folder, weights):
+    assert on(jax.devices("cpu")[:1], folder / "fp8") < 0.05
+
+
+def on(devices: list[jax.Device], path: Path) -> float:
+    """How far the logits on these devices are off those on eight of the host."""
+    prompt = np.random.default_rng(9).integers(0, 320, 200).tolist()
+    fmt, chunks = pk.KVFormat(window=32), [64, 64, 71, 1]
+    model = serve_llama.load(path, Mesh(np.array(devices), ("tp",)))
+    expected = read(serve_llama.load(path, mesh_of(8)), [prompt], fmt, chunks)
+    return error(read(model, [prompt], fmt, chunks), expected)
+
+
 def test_weights_and_cache_are_split(folder, weights):
     model = serve_llama.load(folder / "fp8", mesh_of(8))
     layer = model.model.layers[1]
