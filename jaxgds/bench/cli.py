@@ -79,8 +79,8 @@ def _add_coldstart(commands) -> None:
         help="from the start of a process to its first token, part by part",
         description="Makes a prepared checkpoint of random weights, and runs to the first token in "
         "fresh processes: stock Orbax and then compilation, against both at once, with a cold and "
-        "a warm compilation cache. The model is that of examples/serve_llama.py: run it from a "
-        "checkout with the examples extra.",
+        "a warm compilation cache, and with executables that are kept. The model is that of "
+        "examples/serve_llama.py: run it from a checkout with the examples extra.",
     )
     coldstart.add_argument(
         "--model", default="llama-3.1-8b", help="as for plan (default: %(default)s)"

@@ -69,8 +69,12 @@ def run(
       after_init (from when JAX was ready). A case that failed has error.
 
     Raises:
-      ValueError: no such model, or this is no checkout of the repository with its examples/.
+      ValueError: another model than a Llama, or no checkout of the repository with its examples/.
     """
+    if config["model_type"] != "llama":  # said before gigabytes are written
+        raise ValueError(
+            f"model_type={config['model_type']!r}: examples/serve_llama.py serves only llama"
+        )
     root = Path(__file__).parents[2]
     if not (root / "examples" / "serve_llama.py").exists():
         raise ValueError(
@@ -184,11 +188,13 @@ def table(found: Mapping[str, Any]) -> str:
     for row in good:
         s = row["seconds"]
         if row["name"] == "jaxgds, cache cold":
-            best = max(s["load"], s["compile"])
-            lines.append(f"cold: after init {row['after_init'] / best:.2f} of max(load, compile)")
-        if row["name"] in ("jaxgds, cache warm", "jaxgds, executables kept"):
-            best, name = s["load"] + s["prefill"], row["name"].rpartition(" ")[2]
-            lines.append(f"{name}: after init {row['after_init'] / best:.2f} of load + prefill")
+            best, what = max(s["load"], s["compile"]), "max(load, compile)"
+        elif row["name"] in ("jaxgds, cache warm", "jaxgds, executables kept"):
+            best, what = s["load"] + s["prefill"], "load + prefill"
+        else:
+            continue
+        name, after = row["name"].rpartition(" ")[2], row["after_init"] / best
+        lines.append(f"{name}: after init {after:.2f} of {what}, in all {row['total'] / best:.2f}")
     return "\n".join(lines)
 
 

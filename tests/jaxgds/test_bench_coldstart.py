@@ -60,7 +60,7 @@ def test_every_case_reaches_the_same_token(tmp_path):
         if overlaps:
             assert max(s["load"], s["compile"]) <= s["load_and_compile"]
         assert sum(row["compile_seconds"].values()) <= s["compile"] + 1e-6
-    assert "max(load, compile)" in done.stdout and "load + prefill" in done.stdout
+    assert "max(load, compile), in all" in done.stdout and "load + prefill, in all" in done.stdout
     assert picture.stat().st_size > 1000
 
 
@@ -76,3 +76,9 @@ def test_failures_are_rows(tmp_path):
         | {"results": [{"name": "jaxgds, cache cold", **found}]}
     )
     assert "jaxgds, cache cold: " in text and "rank00000" in text
+
+
+def test_other_models_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="model_type='qwen3'"):
+        coldstart.run(tmp_path / "bench", {**TINY, "model_type": "qwen3"})
+    assert not list(tmp_path.iterdir())
