@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.mosaic import attention
 from pallas_kernels.mosaic.config import Config, EncodeConfig
 
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "kernels"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_tunings_can_be_read(path):
-    assert EncodeConfig.read(path) == EncodeConfig(blocks=EncodeConfig.read(path).blocks)
-    assert Config.read(path) == Config(blocks=Config.read(path).blocks, stages=Config().stages)
+@pytest.mark.parametrize(("gpu", "architecture"), [("h100", "hopper"), ("b200", "blackwell")])
+def test_tunings_are_those_that_are_used(gpu, architecture):
+    path = CONFIGS / f"{gpu}.toml"
+    assert EncodeConfig.read(path) == EncodeConfig()
+    _, multiprocessors, _ = attention._KERNELS[architecture]
+    assert Config.read(path) == Config(blocks=4 * multiprocessors)
 
 
 @pytest.mark.parametrize(
