@@ -169,7 +169,7 @@ def test_sequences_share_the_pages_of_a_prefix(append):
     fmt = pk.KVFormat(window=0, sinks=2, page_size=16)
     k, v = (np.array(x) for x in tokens(2, 2 + 64, 64))
     k[1, : 2 + 32], v[1, : 2 + 32] = k[0, : 2 + 32], v[0, : 2 + 32]
-    table = np.array([[4, 1, 5, 0], [4, 1, 3, 2]])
+    table = jnp.asarray([[4, 1, 5, 0], [4, 1, 3, 2]], jnp.int32)
     shared, own = (
         append(pk.KVCache.create(fmt, 2, 66, HEADS, 64, page_table=x), k, v, [66, 66])
         for x in (table, None)
