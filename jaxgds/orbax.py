@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,6 +135,16 @@ _FAST: dict[type, type] = {ArrayHandler: _ArrayHandler, NumpyHandler: _NumpyHand
 
 
 async def _deserialize(self, infos, args, strict: bool | None, stock: Deserialize) -> Sequence[Any]:
+    try:
+        return await _restore(self, infos, args, strict, stock)
+    except BaseException as e:
+        if not isinstance(e, Exception):
+            # After Ctrl-C Orbax's thread keeps the task, its error, and so the arrays' memory.
+            traceback.clear_frames(e.__traceback__)
+        raise
+
+
+async def _restore(self, infos, args, strict: bool | None, stock: Deserialize) -> Sequence[Any]:
     """Restores what jaxgds can, leaves the rest to Orbax, keeps the order."""
     to_host = isinstance(self, NumpyHandler)
     if args is None and to_host:
