@@ -82,7 +82,7 @@ def empty(fmt: pk.KVFormat) -> pk.KVCache:
 
 
 def advance(cache: pk.KVCache, rng, one: bool, options: dict[str, Any]) -> pk.KVCache:
-    """A chunk of a prompt, or one token: attention by the kernels and by xla, and the append."""
+    """A chunk of a prompt, or one token: attention and the append, by the kernels and by xla."""
     if int(cache.lengths.max()) + CHUNK > MAX_LEN:
         cache = empty(cache.fmt)
     new = 1 if one else CHUNK
@@ -92,7 +92,7 @@ def advance(cache: pk.KVCache, rng, one: bool, options: dict[str, Any]) -> pk.KV
     )
     q *= 2  # to scores of which some are near the cap
     if one:
-        cache = cache.append(k, v)
+        cache = appended(cache, k, v, None)
         outputs = [
             pk.decode_attention(q[:, 0], cache, implementation=i, **options) for i in (None, "xla")
         ]
@@ -102,7 +102,16 @@ def advance(cache: pk.KVCache, rng, one: bool, options: dict[str, Any]) -> pk.KV
         pk.prefill_attention(q, k, v, cache, lengths=counts, implementation=i, **options)
         for i in ("mosaic_gpu", "xla")
     ]
-    return checked(cache, outputs, options).append(k, v, counts)
+    return appended(checked(cache, outputs, options), k, v, counts)
+
+
+def appended(cache: pk.KVCache, k, v, counts) -> pk.KVCache:
+    """The cache as the kernel leaves it. Its codes may differ from xla's here and there."""
+    by_kernel, by_xla = (cache.append(k, v, counts, i) for i in ("mosaic_gpu", "xla"))
+    assert (by_kernel.lengths == by_xla.lengths).all()
+    for tokens in zip(by_kernel.dequantize(), by_xla.dequantize(), strict=True):
+        checked(by_kernel, tokens, {"append": k.shape})
+    return by_kernel
 
 
 def checked(cache: pk.KVCache, outputs, options) -> pk.KVCache:
