@@ -107,7 +107,8 @@ def test_gpus_give_what_host_devices_give(folder, weights, name, count):
     gpus = [d for d in jax.devices() if d.platform == "gpu"]
     if len(gpus) < count:
         pytest.skip(f"{len(gpus)} GPUs")
-    assert on(gpus[:count], folder / name) < 0.05
+    # Rounding moves a few numbers across levels. Other chunks make 0.14 of it, a wrong window 0.35.
+    assert on(gpus[:count], folder / name) < 0.1
 
 
 def test_one_host_device_gives_what_eight_give(folder, weights):
