@@ -183,6 +183,8 @@ def table(found: dict[str, Any]) -> str:
             f"{start}{row['first_gbps']:8.2f}{row['best_gbps']:8.2f}{share:>12}{cache:>12}"
             f"{row['host_peak_bytes'] / 1e9:11.2f}{device:>10}"
         )
+        if left := row.get("cached_before"):
+            lines.append(f"{'':22}not cold: {left:.1%} of its pages stayed in the page cache")
     return "\n".join(lines)
 
 

@@ -132,6 +132,18 @@ def test_restore_keeps_and_says_every_case(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("left, said", [(0.0, False), (0.25, True)])
+def test_restore_says_what_is_not_cold(tmp_path, monkeypatch, left, said):
+    """As on tmpfs, where nothing can be dropped: its rates are none of a cold start."""
+    row = {"first_gbps": 1.2, "best_gbps": 1.2, "device_extra_bytes": None, "host_peak_bytes": 0}
+    monkeypatch.setattr(restore, "_measure", lambda *_: dict(row))
+    monkeypatch.setattr(restore, "cases", lambda *_: [("jaxgds", "orbax-raw")])
+    monkeypatch.setattr(restore.ceilings, "drop_page_cache", lambda files: left)
+    found = restore.run(str(tmp_path), ("orbax-raw",), 1 << 25, cold=True, report=lambda text: None)
+    assert found["results"][0]["cached_before"] == left
+    assert ("25.0% of its pages stayed" in restore.table(found)) == said
+
+
 def test_coldstart_keeps_every_case(tmp_path, monkeypatch):
     monkeypatch.setattr(coldstart, "make", lambda *_: None)
     monkeypatch.setattr(coldstart, "_measure", lambda *_: {"token": 1, "total": 2.0})
