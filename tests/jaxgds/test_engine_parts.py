@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgds.engines import HostEngine, engine_for, numa
+from jaxgds.engines import HostEngine, cufile, engine_for, numa
 from jaxgds.engines.files import MAX_IDLE, OpenFiles
-from jaxgds.engines.gds import MIN_READ, unfit, windows
+from jaxgds.engines.gds import MIN_READ, WINDOW, unfit, windows
 from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
 from jaxgds.engines.posix import BLOCK, direct_files
 from jaxgds.engines.ring import MAX_PINNED, lane_count
@@ -217,6 +217,30 @@ def test_windows_cover_the_range_and_cross_no_multiple(offset, nbytes, limit):
     assert [at for at, _ in parts] == [offset, *(at + n for at, n in parts)][:-1]
     assert sum(n for _, n in parts) == nbytes
     assert all(n > 0 and at // limit == (at + n - 1) // limit for at, n in parts)
+
+
+class Reads(cufile.File):
+    """Notes what cuFile would be asked for."""
+
+    def __init__(self, nbytes: int):
+        self.nbytes = nbytes
+
+    def read(self, offset, nbytes, pointer):
+        self.asked = offset, nbytes, pointer
+
+
+@given(st.integers(0, 1 << 26), st.integers(1, WINDOW), st.integers(0, 3 * BLOCK))
+def test_what_is_staged_is_read_in_whole_blocks(offset, nbytes, behind):
+    """But for the end of the file; whatever a window may be, it has room in the staging buffer."""
+    staging = object.__new__(cufile.Staging)
+    staging.pointer, staging.nbytes = 1 << 40, WINDOW + 2 * BLOCK
+    file = Reads(offset + nbytes + behind)
+    at = file.stage(offset, nbytes, staging)
+    start, length, pointer = file.asked
+    assert start % BLOCK == 0 and pointer == staging.pointer and length <= staging.nbytes
+    assert (start + length) % BLOCK == 0 or start + length == file.nbytes
+    assert start <= offset < start + BLOCK and at - pointer == offset - start
+    assert offset + nbytes <= start + length < offset + nbytes + BLOCK
 
 
 @pytest.mark.parametrize(
