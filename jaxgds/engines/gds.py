@@ -1,9 +1,10 @@
 """GPUDirect Storage through kvikio and cuFile: files -> device memory, past the CPU's memory.
 
 cuFile moves whole blocks of 4 KiB, and into memory that is registered with it; it registers whole
-allocations, and XLA's arrays all lie in one that may fill the GPU. So reads go to a
-small registered staging buffer per thread, widened to whole blocks, and one copy on the device,
-at some hundred times the storage's rate, takes what is wanted to where it belongs.
+allocations, and XLA's arrays all lie in one that may fill the GPU. So what lies in whole blocks in
+the file and in an array is read there, unregistered. All else goes to a small registered staging
+buffer per thread, widened to whole blocks, and one copy on the device, at some hundred times the
+storage's rate, takes what is wanted to where it belongs.
 """
 
 import functools
