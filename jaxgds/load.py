@@ -19,6 +19,7 @@ from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
 from jaxgds.safetensors import is_safetensors, open_safetensors
 from jaxgds.saved import SavedShardings
+from jaxgds.values import read_whole
 
 
 def load(
@@ -72,6 +73,7 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
 
     from jaxgds import orbax
 
+    _check_metadata(folder)  # before Orbax, which would wait for a pipe or a server forever
     checkpointer = ocp.Checkpointer(orbax.handler(strict=strict, warn=False))
     try:
         if target is None:
@@ -79,9 +81,6 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
         restore_args = _restore_args(target, SavedShardings(folder, warn=False))
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         return checkpointer.restore(folder, args=args)
-    except Exception:
-        _check_metadata(folder)
-        raise
     finally:
         checkpointer.close()
 
@@ -102,12 +101,12 @@ def _restore_args(target: Any, saved: SavedShardings) -> Any:
 
 
 def _check_metadata(folder: str) -> None:
-    """Raises CheckpointError if that is why Orbax could not make anything of `_METADATA`."""
+    """Raises CheckpointError if Orbax could not make anything of `_METADATA`."""
     file = os.path.join(folder, "_METADATA")
+    content = read_whole(file) or b""
     try:
-        with open(file, "rb") as f:
-            json.load(f)["tree_metadata"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+        json.loads(content)["tree_metadata"]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{file}: damaged checkpoint metadata: {e!r}") from e
 
 

@@ -16,6 +16,7 @@ from jaxgds import safetensors_header
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray, value_key
 from jaxgds.safetensors_header import DTYPES, Tensor
+from jaxgds.values import read_whole
 from jaxgds.workers import reading, watched
 from jaxgds.zarr import Layout, unfit
 
@@ -151,12 +152,12 @@ def _stored(name: str, tensor: Tensor, file: str, base: int) -> StoredArray | Te
 def _weight_map(path: str) -> dict[str, set[str]]:
     """File -> names of its tensors, from a `*.safetensors.index.json`."""
     folder = os.path.dirname(os.path.abspath(path))
+    content = read_whole(path)
+    if content is None:
+        raise CheckpointError(f"{path}: no such file")
     try:
-        with open(path, "rb") as f:
-            weight_map = json.load(f)["weight_map"]
+        weight_map = json.loads(content)["weight_map"]
         items = [(str(name), os.fspath(file)) for name, file in weight_map.items()]
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{path}: damaged safetensors index: {e!r}") from e
     by_file: dict[str, set[str]] = {}

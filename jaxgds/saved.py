@@ -11,6 +11,7 @@ from base64 import urlsafe_b64decode
 from jax.sharding import Sharding
 
 from jaxgds.errors import CheckpointError
+from jaxgds.values import read_whole
 
 
 # Begins as Orbax's own warning does: who filters that one, filters this one too.
@@ -48,14 +49,10 @@ class SavedShardings:
         if self._strings is None:
             if self._warn and os.path.exists(self._file):
                 warnings.warn(_FROM_FILE, stacklevel=3)
+            content = read_whole(self._file)
             try:
-                with open(self._file, "rb") as f:
-                    encoded = json.load(f)
+                encoded = {} if content is None else json.loads(content)
                 self._strings = {urlsafe_b64decode(k).decode(): v for k, v in encoded.items()}
-            except FileNotFoundError:
-                self._strings = {}
-            except OSError as e:
-                raise CheckpointError(f"{self._file}: cannot be read: {e}") from e
             except (ValueError, AttributeError, TypeError, RecursionError) as e:
                 raise CheckpointError(f"{self._file}: damaged sharding file: {e!r}") from e
         return self._strings
@@ -69,15 +66,13 @@ def random_keys(folder: str) -> dict[str, str]:
         return names
     for file in sorted(os.listdir(metadata)):
         path = os.path.join(metadata, file)
+        content = read_whole(path) or b""
         try:
-            with open(path, "rb") as f:
-                entries = json.load(f)["array_metadatas"]
+            entries = json.loads(content)["array_metadatas"]
             for entry in entries:
                 array = entry["array_metadata"]
                 if impl := (array["ext_metadata"] or {}).get("random_key_impl"):
                     names[array["param_name"]] = impl
-        except OSError as e:
-            raise CheckpointError(f"{path}: cannot be read: {e}") from e
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: damaged array metadata: {e!r}") from e
     return names

@@ -23,6 +23,7 @@ from jaxgds.load import item_directory
 from jaxgds.safetensors import is_safetensors, open_safetensors
 from jaxgds.saved import random_keys
 from jaxgds.scatter import Box
+from jaxgds.values import read_whole
 
 
 DICT = 2  # Orbax's number for a key of a dict
@@ -138,9 +139,9 @@ def _open_orbax(path: str) -> Model:
     if keys := random_keys(folder):
         raise ValueError(f"{folder}: {list(keys)[:8]} are PRNG keys, which are no weights")
     file = os.path.join(folder, "_METADATA")
+    content = read_whole(file) or b""
     try:
-        with open(file, "rb") as f:
-            tree = json.load(f)["tree_metadata"]
+        tree = json.loads(content)["tree_metadata"]
         leaves = [
             (
                 tuple((k["key"], k["key_type"]) for k in node["key_metadata"]),
@@ -149,7 +150,7 @@ def _open_orbax(path: str) -> Model:
             )
             for node in tree.values()
         ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file}: damaged checkpoint metadata: {e!r}") from e
     tensors = []
     for keys, kind, empty in leaves:
@@ -171,11 +172,9 @@ def _configs(folders: list[str]) -> tuple[dict[str, Any] | None, dict[str, bytes
     for folder in folders:
         found = {}
         for name in CONFIGS:
-            try:
-                with open(os.path.join(folder, name), "rb") as f:
-                    found[name] = f.read()
-            except FileNotFoundError:
-                pass
+            content = read_whole(os.path.join(folder, name))
+            if content is not None:
+                found[name] = content
         if found:
             try:
                 return json.loads(found["config.json"]) if "config.json" in found else None, found

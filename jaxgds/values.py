@@ -128,12 +128,15 @@ def read_metadata(file: str, offset: int = 0, nbytes: int | None = None) -> byte
 
     Raises:
       OSError: it cannot be read.
-      DamagedError: the file ends before, or that is too much for metadata.
+      DamagedError: the file ends before, that is too much for metadata, or it is no regular file.
     """
     with reading(file):
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
     try:
-        size = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise btree.DamagedError(f"{file} is not a regular file")
+        size = found.st_size
         nbytes = size if nbytes is None else nbytes
         if offset + nbytes > size:
             raise btree.DamagedError(
@@ -151,6 +154,25 @@ def read_metadata(file: str, offset: int = 0, nbytes: int | None = None) -> byte
         return bytes(data)
     finally:
         os.close(fd)
+
+
+def read_whole(file: str) -> bytes | None:
+    """All of a small file; None if it is not there.
+
+    Raises:
+      CheckpointError: it cannot be read, is no regular file (to open a pipe would wait), or large.
+      TimeoutError: the file system does not answer.
+    """
+    try:
+        return watched(lambda: read_metadata(file))
+    except FileNotFoundError:
+        return None
+    except TimeoutError:
+        raise
+    except btree.DamagedError as e:
+        raise CheckpointError(str(e)) from e
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{file}: cannot be read: {e}") from e
 
 
 class Database(Mapping[str, Source]):

@@ -23,8 +23,9 @@ from jaxgds.index import Index, Source, StoredArray, nbytes_of, open_index
 from jaxgds.load import item_directory
 from jaxgds.plan import Read
 from jaxgds.prepared import DESCRIPTION
-from jaxgds.progress import Arrived, shown
+from jaxgds.progress import Arrived, shown, traced
 from jaxgds.safetensors import is_safetensors, open_safetensors
+from jaxgds.values import read_whole
 
 
 BLOCK = 4 << 20
@@ -69,7 +70,9 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
 
         def look(array: StoredArray, at: str, source: Source, checksum: str | None) -> None:
             try:
-                if not _look(array, source, checksum, files, arrived):
+                with traced("verify"):
+                    proven = _look(array, source, checksum, files, arrived)
+                if not proven:
                     unproven.append(at)
             except CheckpointError as e:
                 problems.append(f"{e} (chunk {at})")
@@ -106,17 +109,15 @@ def _found(
 
 def _read_checksums(folder: str) -> _Checksums:
     file = os.path.join(folder, DESCRIPTION)
+    content = read_whole(file)
+    if content is None:
+        return _Checksums()
     try:
-        with open(file, "rb") as f:
-            description = json.load(f)
+        description = json.loads(content)
         if description["checksum"] != "xxh3_128":
             raise ValueError(f"checksums of kind {description['checksum']!r}")
         arrays = {name: dict(entry["chunks"]) for name, entry in description["arrays"].items()}
         return _Checksums(arrays, dict(description["files"]))
-    except FileNotFoundError:
-        return _Checksums()
-    except OSError as e:
-        raise CheckpointError(f"{file}: cannot be read: {e}") from e
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{file}: damaged: {e!r}") from e
 
@@ -137,14 +138,14 @@ def _files(folder: str, checksums: _Checksums) -> Iterator[str]:
             yield f"{os.path.join(folder, DESCRIPTION)}: {name!r} is no file of the checkpoint"
             continue
         try:
-            digest = xxhash.xxh3_128()
-            with open(file, "rb") as f:
-                while block := f.read(BLOCK):
-                    digest.update(block)
-            if digest.hexdigest() != checksum:
-                yield f"{file} fails its checksum"
-        except OSError as e:
-            yield f"{file}: cannot be read: {e}"
+            content = read_whole(file)
+        except CheckpointError as e:
+            yield str(e)
+            continue
+        if content is None:
+            yield f"{file}: cannot be read: it is not there"
+        elif xxhash.xxh3_128_hexdigest(content) != checksum:
+            yield f"{file} fails its checksum"
 
 
 def _chunks(

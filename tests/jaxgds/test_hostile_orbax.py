@@ -299,6 +299,20 @@ def test_damaged_metadata_of_orbax(saved, file, text):
         jaxgds.load(path)
 
 
+@pytest.mark.parametrize("file", ["_METADATA", "_sharding", "array_metadatas/process_0"])
+@pytest.mark.parametrize("how", ["pipe", "device"])
+def test_a_small_file_that_never_ends(saved, file, how):
+    """Neither waited for nor read into memory."""
+    path = saved((True, False), True)
+    (path / file).unlink()
+    if how == "pipe":
+        os.mkfifo(path / file)
+    else:
+        (path / file).symlink_to("/dev/zero")
+    with pytest.raises(jaxgds.CheckpointError, match=f"{file} is not a regular file"):
+        jaxgds.load(path)
+
+
 # Memory
 
 

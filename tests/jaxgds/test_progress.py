@@ -10,11 +10,14 @@ import termios
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxgds
 import jaxgds.orbax
+from jaxgds.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +66,21 @@ def test_counters_for_jax_monitoring(checkpoint):
     assert numbers["/jaxgds/restore/bytes_restored"] > 0
 
 
-def test_the_stages_are_marked_in_a_profile(checkpoint, tmp_path):
-    with jax.profiler.trace(tmp_path, create_perfetto_trace=True):
-        jaxgds.load(checkpoint)
+def test_the_stages_are_marked_in_a_profile(tmp_path):
+    """Of chunks that are columns; "copy" is for GPUs, see test_pinned.py."""
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    columns = jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh, PartitionSpec(None, "x")))
+    path = oracle.save(tmp_path / "checkpoint", {"w": columns})
+    whole = jax.ShapeDtypeStruct(
+        (64, 64), columns.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    with jax.profiler.trace(tmp_path / "profile", create_perfetto_trace=True):
+        jaxgds.load(path, {"w": whole})
+        verify(path)
     (file,) = tmp_path.rglob("perfetto_trace.json.gz")
     text = gzip.decompress(file.read_bytes()).decode()
-    assert all(f"jaxgds {stage}" in text for stage in ("index", "plan", "read"))
+    for stage in ("index", "plan", "read", "scatter", "verify"):
+        assert f"jaxgds {stage}" in text, stage
 
 
 SLOW = """

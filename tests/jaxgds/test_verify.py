@@ -123,6 +123,25 @@ def test_checksums_that_are_not_there(prepared):
         assert part in text, part
 
 
+@pytest.mark.parametrize("name", ["_METADATA", "d/btree", "jaxgds.json"])
+def test_a_pipe_is_not_waited_for(prepared, name):
+    (prepared / name).unlink()
+    os.mkfifo(prepared / name)
+    try:
+        problems = verify(prepared)["problems"]
+    except jaxgds.CheckpointError as e:
+        problems = [str(e)]
+    assert name in problems[0] and "not a regular file" in problems[0]
+
+
+def test_names_that_no_file_has(prepared):
+    file = prepared / "jaxgds.json"
+    description = json.loads(file.read_text())
+    description["files"] |= {"a\0b": "0" * 32, "\ud800": "0" * 32, "absent": "0" * 32}
+    file.write_text(json.dumps(description))
+    assert len(verify(prepared)["problems"]) == 3
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checksum": "md5"}', "[" * 10000])
 def test_a_damaged_description(prepared, text):
     (prepared / "jaxgds.json").write_text(text)
