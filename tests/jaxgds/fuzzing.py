@@ -3,6 +3,8 @@
 import os
 import pathlib
 import random
+import resource
+import signal
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
+HANGS = 60  # seconds that one input may take
+GROWS = 400 << 10  # KiB that all inputs may add to the peak of memory
 
 
 def corpus(name: str) -> list[bytes]:
@@ -44,14 +48,24 @@ def _edited(data: bytes, edits: Sequence[tuple[str, int, int, bytes]]) -> bytes:
     return data
 
 
+def _hangs(*_: object) -> None:
+    raise AssertionError(f"an input took more than {HANGS} seconds")
+
+
 def fuzz(strategy: st.SearchStrategy, check: Callable[..., None], examples: int) -> int:
     """Runs `check` on examples, always the same ones, or new ones for JAXGDS_FUZZ_SECONDS."""
     count = 0
+    signal.signal(signal.SIGALRM, _hangs)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def counted(example) -> None:
         nonlocal count
         count += 1
-        check(example)
+        signal.alarm(HANGS)
+        try:
+            check(example)
+        finally:
+            signal.alarm(0)
 
     def run(most: int, **more) -> Callable[[], None]:
         quiet = settings(
@@ -69,5 +83,7 @@ def fuzz(strategy: st.SearchStrategy, check: Callable[..., None], examples: int)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         seed(random.getrandbits(64))(run(2000))()
-    print(f"{count} examples")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{count} examples, {grown >> 10} MiB more at the peak")
+    assert grown < GROWS
     return count
