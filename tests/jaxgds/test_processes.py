@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import resource
 import signal
 import subprocess
@@ -13,10 +14,13 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import prepare_models as models
 import pytest
 from safetensors.numpy import save_file
 
 import jaxgds
+from jaxgds.prepare import prepare
+from jaxgds.rules import read_mesh, read_rules
 from jaxgds.verify import verify
 
 
@@ -134,6 +138,52 @@ def test_control_c(tmp_path, kind):
     out, err = process.communicate(timeout=100)
     assert out == "done [] 0\n", err[-3000:]
 
+
+def test_prepare_killed_at_random_moments(tmp_path):
+    """The destination is absent, or complete; and the next run succeeds. JAXGDS_KILLS=50: so often.
+
+    At chosen system calls: test_prepare_safety.py.
+    """
+    source, all_rules = tmp_path / "m.safetensors", tmp_path / "rules.toml"
+    save_file(TREE, source)
+    all_rules.write_text('[[rule]]\nnames = ["*"]\nspec = []\n')
+
+    def started(destination: pathlib.Path) -> subprocess.Popen:
+        process = python("-c", PREPARED, source, all_rules, destination)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    whole = started(tmp_path / "whole")
+    start = time.monotonic()
+    assert whole.stdout is not None and whole.stdout.readline() == "done\n"
+    lasts = time.monotonic() - start
+    whole.communicate(timeout=100)
+    draw, complete = random.Random(), 0
+    for number in range(int(os.environ.get("JAXGDS_KILLS", "5"))):
+        out = tmp_path / f"out{number}"
+        process = started(out)
+        time.sleep(draw.uniform(0, lasts))
+        process.kill()
+        process.communicate()
+        complete += out.exists()
+        if not out.exists():
+            with pytest.raises(jaxgds.CheckpointError):
+                jaxgds.load(out)
+            prepare(source, out, mesh=read_mesh("tp=1"), rules=read_rules(all_rules))
+        assert models.digest(out) == models.digest(tmp_path / "whole")
+        assert not list(tmp_path.glob(".out*"))
+    print(f"{complete} complete")
+
+
+PREPARED = """
+import sys
+from jaxgds import prepare, rules
+import orbax.checkpoint, tensorstore
+all_rules = rules.read_rules(sys.argv[2])
+print("ready", flush=True)
+prepare.prepare(sys.argv[1], sys.argv[3], mesh=rules.read_mesh("tp=1"), rules=all_rules)
+print("done", flush=True)
+"""
 
 FORKED = """
 import os, sys
