@@ -3,7 +3,8 @@
 The result is an Orbax checkpoint (zarr v2 in OCDBT) without compression, in which a chunk is one
 shard of the target mesh. Each rank has a few large files of its own, and each chunk begins at a
 multiple of 4 KiB: that is what direct I/O asks for, and what striped file systems like (on Lustre
-give the directory stripes of 16 MiB first: `lfs setstripe -c -1 -S 16M`). Why this layout, by the Llama-3.1-8B shapes at an eighth and at half of their size, over tp=8:
+give the directory stripes of 16 MiB first: `lfs setstripe -c -1 -S 16M`). Why this layout, by the
+Llama-3.1-8B shapes at an eighth and at half of their size, over tp=8:
 
     layout, uncompressed        data files      bytes at 4 KiB-aligned offsets
                                 bf16    FP8     bf16          FP8
