@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -129,3 +130,29 @@ def test_a_process_that_fails_makes_the_other_fail_with_its_reason(prepared, tmp
     assert (
         "process 1 failed: SystemExit: CheckpointError" in outputs[0] and "rank00004" in outputs[0]
     )
+
+
+WAITS = """
+import sys, time, jax
+import jaxgds
+jax.distributed.initialize(heartbeat_timeout_seconds=10)
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+with jaxgds.fail_together():
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(killed):
+    """Within a minute, and it says so: JAX notices that nothing comes from it any more."""
+    port = free_port()
+    processes = [start(i, port, "-c", WAITS) for i in range(2)]
+    for process in processes:
+        assert process.stdout is not None and "ready\n" in iter(process.stdout.readline, "")
+    processes[killed].kill()
+    since = time.monotonic()
+    output = finish(processes)[1 - killed]
+    assert time.monotonic() - since < 60
+    assert processes[1 - killed].returncode not in (0, None)
+    assert "unhealthy" in output or "coordinat" in output, output
