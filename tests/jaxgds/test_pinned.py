@@ -5,6 +5,7 @@ the engine wrote, and that it wrote no others.
 """
 
 import gc
+import gzip
 import os
 import re
 import signal
@@ -444,6 +445,15 @@ def test_no_memory_to_pin(tmp_path, ring, codec):
         Memory([(array, ONE)]).read(PinnedEngine(ring))
     stand_in.fail("")
     assert_restored(array, data, engine=PinnedEngine(ring))
+
+
+def test_the_stages_are_marked_in_a_profile(tmp_path, ring):
+    array = stored(tmp_path, numbers(*SMALL), SMALL)
+    with jax.profiler.trace(tmp_path / "profile", create_perfetto_trace=True):
+        Memory([(array, ONE)]).read(PinnedEngine(ring))
+    (file,) = tmp_path.rglob("perfetto_trace.json.gz")
+    text = gzip.decompress(file.read_bytes()).decode()
+    assert "jaxgds read" in text and "jaxgds copy" in text
 
 
 # Reads that never end
