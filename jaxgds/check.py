@@ -17,6 +17,7 @@ from jaxgds.prepared import DESCRIPTION
 from jaxgds.progress import Arrived, shown
 from jaxgds.scatter import Box, slabs
 from jaxgds.sources import Model, Tensor
+from jaxgds.values import read_whole
 from jaxgds.verify import damaged_files, verify
 
 
@@ -87,9 +88,11 @@ def check(
 
 def _read_description(file: str) -> tuple[dict[str, _Entry], str]:
     """The arrays of a prepared checkpoint, and the path of its source."""
+    content = read_whole(file)
+    if content is None:
+        raise CheckpointError(f"{file}: not a prepared checkpoint: no such file")
     try:
-        with open(file, "rb") as f:
-            description = json.load(f)
+        description = json.loads(content)
         entries = {
             name: _Entry(
                 entry["dtype"],
@@ -105,8 +108,6 @@ def _read_description(file: str) -> tuple[dict[str, _Entry], str]:
             for name, entry in description["arrays"].items()
         }
         return entries, description["source"]["path"]
-    except OSError as e:
-        raise CheckpointError(f"{file}: not a prepared checkpoint: {e.strerror}") from e
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file}: damaged: {e!r}") from e
 
