@@ -79,12 +79,17 @@ def attention_parts(
     """
     fmt = cache.fmt
     batch, heads, rows, d = q_parts[0].shape
-    stages, at_once = config.stages, max(TILE, fmt.page_size)
+    at_once = max(TILE, fmt.page_size)
     fetches = -(-cache.page_table.shape[1] * fmt.page_size // at_once)
     if sliding_window is not None:
         fetches = min(fetches, sliding_window // at_once + 2)
+    others = 2 * d * (TILE + 3 * rows) + 8 * rows * TILE
+    # Of the largest pages (8 bits, 128 tokens of 256) fewer fit.
+    stages = config.stages
+    while stages > 1 and fetched(cache, stages, at_once)[1] + others > SHARED_MEMORY:
+        stages -= 1
     tiles, used = fetched(cache, stages, at_once)
-    used += 2 * d * (TILE + 3 * rows) + 8 * rows * TILE
+    used += others
     # Registers a thread, as compiled: see the tests of ahead-of-time compilation.
     registers = {64: 128, 128: 128, 256: 255}[d]
     if d == 128 and (rows > 8 or fmt.value_bits == 3):

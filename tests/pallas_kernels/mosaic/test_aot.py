@@ -90,6 +90,7 @@ CASES = [
     decode("h100", 4, 4, 128, 8, sliding_window=4096, registers=168),
     decode("h100", 3, 3, 64, 8, 16, registers=128),
     decode("h100", 3, 4, 128, 8, 128, registers=168),
+    decode("h100", 8, 8, 256, 16, 128, sliding_window=4096, registers=255),  # two stages fit
     prefill("h100", 4, 4, 128, 8, 64),
     prefill("h100", 3, 8, 64, 1, 16),
     prefill("h100", 4, 2, 128, 3, 128, sliding_window=512),
