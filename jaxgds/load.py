@@ -73,7 +73,8 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
 
     from jaxgds import orbax
 
-    _check_metadata(folder)  # before Orbax, which would wait for a pipe or a server forever
+    file = os.path.join(folder, "_METADATA")
+    metadata = read_whole(file)  # before Orbax, which would wait for a pipe or a server forever
     checkpointer = ocp.Checkpointer(orbax.handler(strict=strict, warn=False))
     try:
         if target is None:
@@ -81,6 +82,9 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
         restore_args = _restore_args(target, SavedShardings(folder, warn=False))
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         return checkpointer.restore(folder, args=args)
+    except Exception:
+        _check_metadata(file, metadata or b"")
+        raise
     finally:
         checkpointer.close()
 
@@ -100,10 +104,8 @@ def _restore_args(target: Any, saved: SavedShardings) -> Any:
     return jax.tree_util.tree_map_with_path(made, target, restore_args)
 
 
-def _check_metadata(folder: str) -> None:
-    """Raises CheckpointError if Orbax could not make anything of `_METADATA`."""
-    file = os.path.join(folder, "_METADATA")
-    content = read_whole(file) or b""
+def _check_metadata(file: str, content: bytes) -> None:
+    """Raises CheckpointError if that is why Orbax could not make anything of `_METADATA`."""
     try:
         json.loads(content)["tree_metadata"]
     except (ValueError, LookupError, TypeError, RecursionError) as e:
