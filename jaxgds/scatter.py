@@ -1,10 +1,10 @@
 """One decoded chunk -> the strided copies that bring it to its destinations. Pure."""
 
-import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -18,10 +18,10 @@ MAX_STAGED = 4 << 20
 MIN_RUN = 64 << 10
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+Need = tuple[Box, tuple[int, ...]]  # a box of a chunk, and the shape of the shard it belongs to
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Destination:
+class Destination(NamedTuple):
     """One distinct shard of one array on this host.
 
     Attributes:
@@ -39,8 +39,7 @@ class Destination:
         return tuple(stop - start for start, stop in self.box)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A strided copy out of a segment: `shape` runs over bytes, last axis contiguous.
 
     Byte i of the copy goes from `src_offset` + i . `src_strides` of the segment
@@ -63,8 +62,7 @@ class Piece:
         return math.prod(self.shape)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The next `nbytes` decoded bytes of a read, and where they go."""
 
     nbytes: int
@@ -72,42 +70,31 @@ class Segment:
 
 
 class Scatter:
-    """One decoded chunk, and the destinations that need parts of it.
+    """One decoded chunk, and what several destinations need of it.
 
-    Attributes:
-      inside: per axis, whether the chunk lies wholly within each destination.
+    Here these have the numbers of their `needs`, and offsets into one count from where the chunk's
+    first element lies, or would lie: so that one Scatter does for all chunks that are needed alike,
+    with `placed`.
     """
 
-    def __init__(
-        self,
-        chunk: tuple[int, ...],
-        origin: tuple[int, ...],
-        itemsize: int,
-        destinations: Sequence[Destination],
-        numbers: Sequence[int],
-    ):
-        self.chunk, self.origin, self.itemsize = chunk, origin, itemsize
-        self.destinations, self.numbers = destinations, numbers
-        self.inside = [True] * len(chunk)
-        for n in numbers:
-            for axis, (lo, hi) in enumerate(destinations[n].box):
-                if not lo <= origin[axis] <= origin[axis] + chunk[axis] <= hi:
-                    self.inside[axis] = False
+    def __init__(self, chunk: tuple[int, ...], itemsize: int, needs: Sequence[Need]):
+        self.chunk, self.itemsize, self.needs = chunk, itemsize, needs
+        self._src = strides_of(chunk, itemsize)
+        self._dst = [strides_of(shape, itemsize) for _, shape in needs]
 
-    def parts(self, codec: Codec, limit: int) -> Iterator[tuple[int, Segment]]:
+    def parts(self, codec: Codec, limit: int) -> list[tuple[int, Segment]]:
         """The segments to read, and where in the chunk they start.
 
         Of a raw chunk those that are needed; of a compressed one, which cannot be entered midway,
         all.
         """
-        whole = self._whole()
-        if whole is None:
-            yield from self._walk(limit, _needed if codec == "raw" else _everything)
-            return
-        step = max(1, limit // self.itemsize) * self.itemsize if codec == "raw" else whole.nbytes
-        for at in range(0, whole.nbytes, step):
-            n, to = min(step, whole.nbytes - at), whole.dst_offset + at
-            yield at, Segment(n, (Piece(whole.destination, (n,), 0, (1,), to, (1,)),))
+        nbytes = math.prod(self.chunk) * self.itemsize
+        pieces = self._pieces(tuple((0, n) for n in self.chunk))
+        if len(pieces) != 1 or not pieces[0].contiguous or pieces[0].nbytes != nbytes:
+            return list(self._walk(limit, _needed if codec == "raw" else _everything))
+        step = max(1, limit // self.itemsize) * self.itemsize if codec == "raw" else nbytes
+        sizes = [(at, min(step, nbytes - at)) for at in range(0, nbytes, step)]
+        return [(at, Segment(n, (Piece(0, (n,), 0, (1,), at, (1,)),))) for at, n in sizes]
 
     def _walk(
         self,
@@ -116,47 +103,33 @@ class Scatter:
     ) -> Iterator[tuple[int, Segment]]:
         """What `cut` makes of each slab (its size, its pieces), at its place in the chunk."""
         limit = max(1, min(limit, MAX_STAGED) // self.itemsize)
-        src = strides_of(self.chunk, self.itemsize)
-        dst = {n: strides_of(self.destinations[n].shape, self.itemsize) for n in self.numbers}
+        whole = [
+            all(box[axis] == (0, n) for box, _ in self.needs) for axis, n in enumerate(self.chunk)
+        ]
         alike: dict[tuple[int, ...], tuple[Box, list[tuple[int, Segment]]]] = {}
         for slab in slabs(self.chunk, limit):
             shape = tuple(b - a for a, b in slab)
-            offset = sum(a * s for (a, _), s in zip(slab, src, strict=True))
+            offset = sum(a * s for (a, _), s in zip(slab, self._src, strict=True))
             if shape in alike:
                 first, parts = alike[shape]
                 shift = [a - b for (a, _), (b, _) in zip(slab, first, strict=True)]
-                parts = [(at, moved(segment, shift, dst)) for at, segment in parts]
+                to = [(n, sum(map(operator.mul, shift, dst))) for n, dst in enumerate(self._dst)]
+                parts = [(at, placed(segment, to)) for at, segment in parts]
             else:
                 nbytes = math.prod(shape) * self.itemsize
                 parts = cut(nbytes, _relative(self._pieces(slab), offset))
-                cut_axes = [axis for axis, n in enumerate(shape) if n < self.chunk[axis]]
-                if all(self.inside[axis] for axis in cut_axes):
+                if all(whole[axis] for axis, n in enumerate(shape) if n < self.chunk[axis]):
                     alike[shape] = slab, parts
             for at, segment in parts:
                 yield offset + at, segment
 
-    def _whole(self) -> Piece | None:
-        """The piece that takes the whole chunk as it is, if there is just that one."""
-        pieces = self._pieces(tuple((0, n) for n in self.chunk))
-        nbytes = math.prod(self.chunk) * self.itemsize
-        if len(pieces) == 1 and pieces[0].contiguous and pieces[0].nbytes == nbytes:
-            return pieces[0]
-        return None
-
     def _pieces(self, slab: Box) -> list[Piece]:
         """What each destination needs of `slab`; source offsets count from the chunk's start."""
         pieces = []
-        for number in self.numbers:
-            box = self.destinations[number].box
-            part = [
-                (max(a, lo - o), min(b, hi - o))
-                for (a, b), (lo, hi), o in zip(slab, box, self.origin, strict=True)
-            ]
-            if any(a >= b for a, b in part):
-                continue
-            starts = [lo - o for (lo, _), o in zip(box, self.origin, strict=True)]
-            shape = self.destinations[number].shape
-            pieces.append(_piece(number, part, self.chunk, starts, shape, self.itemsize))
+        for number, ((box, _), dst) in enumerate(zip(self.needs, self._dst, strict=True)):
+            part = [(max(a, lo), min(b, hi)) for (a, b), (lo, hi) in zip(slab, box, strict=True)]
+            if all(a < b for a, b in part):
+                pieces.append(_piece(number, part, self._src, dst, self.itemsize))
         return pieces
 
 
@@ -174,45 +147,37 @@ def _everything(nbytes: int, pieces: list[Piece]) -> list[tuple[int, Segment]]:
     return [(0, Segment(nbytes, tuple(pieces)))]
 
 
-def _relative(pieces: Sequence[Piece], start: int) -> list[Piece]:
-    return [dataclasses.replace(p, src_offset=p.src_offset - start) for p in pieces]
+def _relative(pieces: list[Piece], start: int) -> list[Piece]:
+    return [p._replace(src_offset=p.src_offset - start) for p in pieces] if start else pieces
 
 
-def moved(segment: Segment, shift: Sequence[int], strides: Mapping[int, list[int]]) -> Segment:
-    """The same copies out of bytes that lie `shift` elements further along each axis.
+def placed(segment: Segment, to: Sequence[tuple[int, int]]) -> Segment:
+    """The same copies to other places.
 
     Args:
-      strides: of each destination.
+      to: for each destination number of `segment`, the one to have instead, and by how many bytes
+        what is copied there moves.
     """
-    return Segment(
-        segment.nbytes,
-        tuple(
-            Piece(
-                p.destination,
-                p.shape,
-                p.src_offset,
-                p.src_strides,
-                p.dst_offset + sum(map(operator.mul, shift, strides[p.destination])),
-                p.dst_strides,
-            )
-            for p in segment.pieces
-        ),
-    )
+    pieces = []
+    for number, shape, src_offset, src_strides, dst_offset, dst_strides in segment.pieces:
+        number, shift = to[number]
+        pieces.append(
+            Piece(number, shape, src_offset, src_strides, dst_offset + shift, dst_strides)
+        )
+    return Segment(segment.nbytes, tuple(pieces))
 
 
 def _piece(
     number: int,
     part: Sequence[tuple[int, int]],
-    src_shape: Sequence[int],
-    dst_origin: Sequence[int],
-    dst_shape: Sequence[int],
+    src: Sequence[int],
+    dst: Sequence[int],
     itemsize: int,
 ) -> Piece:
-    """The copy of box `part` from an array of `src_shape` into one of `dst_shape`.
+    """The copy of box `part` between arrays in C order that have those strides.
 
     Axes that are contiguous on both sides are merged, so that the common case is one run.
     """
-    src, dst = strides_of(src_shape, itemsize), strides_of(dst_shape, itemsize)
     shape, src_strides, dst_strides = [itemsize], [1], [1]
     for (a, b), s, d in reversed(list(zip(part, src, dst, strict=True))):
         n, run = b - a, shape[0] * src_strides[0]
@@ -229,7 +194,7 @@ def _piece(
         shape=tuple(shape),
         src_offset=sum(a * s for (a, _), s in zip(part, src, strict=True)),
         src_strides=tuple(src_strides),
-        dst_offset=sum((a - o) * d for (a, _), o, d in zip(part, dst_origin, dst, strict=True)),
+        dst_offset=sum(a * d for (a, _), d in zip(part, dst, strict=True)),
         dst_strides=tuple(dst_strides),
     )
 

@@ -10,14 +10,14 @@ import dataclasses
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from jaxgds import btree
 from jaxgds.errors import CheckpointError
 from jaxgds.workers import reading, watched
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A byte range of a file."""
 
     file: str
