@@ -51,11 +51,11 @@ class StoredArray:
           CheckpointError: the chunk is missing, or a shard's index is damaged.
         """
         layout = self.layout
+        if not layout.sharded:
+            return self._value(index)
         per = layout.per_stored
         outer = tuple(i // p for i, p in zip(index, per, strict=True))
         source = self._value(outer)
-        if not layout.sharded:
-            return source
         if outer not in self._shard_indices:
             self._shard_indices[outer] = self._read_shard_index(source)
         inner = tuple(i % p for i, p in zip(index, per, strict=True))
@@ -146,6 +146,7 @@ class Index:
         self.path = path
         self._values = values
         self._metadata: dict[str, tuple[bytes | None, bytes | None]] = {}
+        self._layouts: dict[tuple[bytes | None, bytes | None], zarr.Layout] = {}
 
     def fetch(self, names: Iterable[str]) -> None:
         """Reads the metadata of these arrays; what is wrong with it, `array` says.
@@ -181,7 +182,10 @@ class Index:
             raise CheckpointError(
                 f"{self.path}: no array {name!r} in this checkpoint; it has {_few(self.names())}"
             )
-        return StoredArray(name, zarr.parse(v2, v3, name), self._values)
+        layout = self._layouts.get((v2, v3))
+        if layout is None:
+            layout = self._layouts[v2, v3] = zarr.parse(v2, v3, name)
+        return StoredArray(name, layout, self._values)
 
     def _read(self, name: str) -> tuple[bytes | None, bytes | None]:
         """`.zarray` and `zarr.json`."""

@@ -28,6 +28,7 @@ class SavedShardings:
         self._file = os.path.join(folder, "_sharding")
         self._warn = warn
         self._strings: dict[str, str] | None = None
+        self._made: dict[str, Sharding] = {}
 
     def __contains__(self, name: str) -> bool:
         return bool(self._read().get(name))
@@ -39,7 +40,10 @@ class SavedShardings:
         if not text:
             raise NotImplementedError("no sharding was given and none was saved")
         try:
-            return sharding_metadata.from_serialized_string(text).to_jax_sharding()
+            if text not in self._made:  # many arrays are saved alike
+                saved = sharding_metadata.from_serialized_string(text)
+                self._made[text] = saved.to_jax_sharding()
+            return self._made[text]
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as e:
             raise CheckpointError(f"{self._file}: array {name!r}: damaged sharding: {e!r}") from e
         except (ValueError, NotImplementedError) as e:

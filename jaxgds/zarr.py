@@ -6,6 +6,7 @@ specifications and the v3 `sharding_indexed` codec.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -29,7 +30,7 @@ _V2_DTYPE = re.compile(rf"[<|]b1|[<|][iu]1|<[iu][248]|<f[248]|<c(8|16)|{_SMALL}"
 _V3_DTYPE = re.compile(rf"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|{_SMALL}")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """How one array is cut into stored values.
 
@@ -52,11 +53,11 @@ class Layout:
     prefix: str
     separator: str
 
-    @property
+    @functools.cached_property
     def chunk_nbytes(self) -> int:
         return math.prod(self.chunk) * self.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def per_stored(self) -> tuple[int, ...]:
         """Chunks per stored value, along each axis."""
         return tuple(s // c for s, c in zip(self.stored, self.chunk, strict=True))
