@@ -17,9 +17,11 @@ class TransferReport:
     """One restore, as `jaxgds.last_report()` returns it.
 
     Attributes:
-      path: "gds", "pinned" or "host": the engine that moved the bytes; "mixed" if more than
-        one part of the machinery did (Orbax included); "orbax" if everything fell back.
-        Leaves restored as numpy arrays, always by "host", do not make a "gds" mixed.
+      path: "gds", "pinned" or "host": the engine that moved the bytes; "gds-compat" if gds was
+        forced and cuFile counted no direct read: its compatibility mode, through host memory.
+        "mixed" if more than one part of the machinery did (Orbax included; `note` says whether
+        cuFile's part was direct); "orbax" if everything fell back. Leaves restored as numpy
+        arrays, always by "host", do not make a "gds" mixed.
       bytes_read: from storage by this process, encoded (a zstd checkpoint counts compressed).
       bytes_restored: of the arrays that jaxgds filled on this host, each distinct shard once.
       seconds: of the whole call; index_seconds, plan_seconds and read_seconds are parts of it

@@ -46,8 +46,8 @@ class Engine(Protocol):
     """Fills the buffers of a plan's destinations.
 
     Attributes:
-      path: what the report calls it: "gds", "pinned" or "host"; "mixed" once gds left some reads
-        to pinned.
+      path: what the report calls it, once it has read: "gds", "gds-compat", "pinned" or "host";
+        "mixed" if gds left some reads to pinned, or cuFile some to its compatibility mode.
       note: for the report: what else there is to know about the path; may be "".
     """
 
@@ -84,7 +84,8 @@ def engine_for(
     Args:
       force: "gds", "pinned" or "host"; None asks the environment variable JAXGDS_ENGINE, and
         else picks: on GPUs "gds" where it is proven to work, otherwise "pinned".
-      strict: if "gds" fails, "pinned" must not take its place.
+      strict: if "gds" fails, "pinned" must not take its place. cuFile's compatibility mode is no
+        failure where its configuration allows it; "allow_compat_mode": false there forbids it.
 
     Raises:
       ValueError: there is no engine of that name.

@@ -19,7 +19,7 @@ from jaxgds.engines import cuda, cufile
 from jaxgds.engines.copier import copy_pieces
 from jaxgds.engines.cufile import CuFileError, Staging
 from jaxgds.engines.files import OpenFiles
-from jaxgds.engines.gds_proof import direct_reads, start_counting
+from jaxgds.engines.gds_proof import counted, since, start_counting
 from jaxgds.engines.gds_proof import missing as missing
 from jaxgds.engines.host import direct, truncated
 from jaxgds.engines.numa import near
@@ -48,7 +48,8 @@ class GdsEngine:
     Args:
       ordinals: the GPUs.
       proof: use cuFile only for files of which it is proven that it moves them directly; otherwise
-        its compatibility mode will do, which reads by way of host memory, and `note` says so.
+        its compatibility mode will do, which reads by way of host memory: `path` is then
+        "gds-compat", and `note` says so too.
       strict: raise CuFileError if cuFile fails; otherwise all is then read the pinned way, and
         `note` says so.
 
@@ -61,7 +62,7 @@ class GdsEngine:
             raise NotImplementedError(
                 "the gds engine needs kvikio: install jaxgds[cuda13] or [cuda12]"
             )
-        self.path, self.note = "gds", ""
+        self.path, self.note = "pinned", ""  # "gds" only once reads are counted
         self._ordinals, self._proof, self._strict = ordinals, proof, strict
 
     def read(
@@ -71,14 +72,15 @@ class GdsEngine:
         arrived: Arrived = ignore,
     ) -> None:
         start_counting()
-        before = direct_reads()
         reads = plan()
         mine, others, why = self._share_out(reads, [ordinal_of(buffer) for buffer in buffers])
+        path = "pinned"
         if any(mine.values()):
+            before = counted()  # after the trial reads, which prove nothing about these
             try:
                 _run(mine, buffers, arrived)
-                if direct_reads() == before:
-                    why.append("cuFile counted no direct read: it ran in its compatibility mode")
+                path, said = proven_path(*since(before, counted()))
+                why += [said] if said else []
             except CuFileError as e:
                 if self._strict:
                     raise
@@ -88,7 +90,8 @@ class GdsEngine:
             pinned = PinnedEngine()
             pinned.read(lambda: others, buffers, arrived)
             why += [pinned.note] if pinned.note else []
-            self.path = "mixed" if any(mine.values()) else "pinned"
+            path = "mixed" if any(mine.values()) else "pinned"
+        self.path = path
         self.note = "; ".join(dict.fromkeys(why))
 
     def _share_out(
@@ -120,6 +123,19 @@ def _run(mine: Mapping[int, Sequence[Read]], buffers: Sequence["Buffer"], arrive
                 for _ in range(min(THREADS_PER_GPU, len(mine[ordinal])))
             ]
         )
+
+
+def proven_path(direct: int, posix: int) -> tuple[str, str]:
+    """(path, note) of reads by cuFile, by how many of them it counted as direct and as not."""
+    if not direct:
+        return "gds-compat", (
+            "cuFile counted no direct read: it ran in its compatibility mode, through host memory"
+        )
+    if posix:
+        return "mixed", (
+            f"cuFile counted {direct} direct reads and {posix} in its compatibility mode"
+        )
+    return "gds", ""
 
 
 def unfit(read: Read, ordinals: Sequence[int]) -> str | None:
@@ -235,13 +251,13 @@ def _try(file: str, ordinal: int) -> str | None:
         start_counting()
         staging = Staging(WINDOW)
         try:
-            before = direct_reads()
+            before = counted()
             with cufile.files() as files, files.open(file, "") as opened:
                 opened.read(0, min(WINDOW, opened.nbytes), staging.pointer)
         finally:
             staging.close()
     except (RuntimeError, OSError) as e:
         return f"cuFile cannot read from {folder}: {e}"
-    if direct_reads() == before:
+    if not since(before, counted())[0]:
         return f"cuFile reads {folder} in its compatibility mode"
     return None

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jaxgds.engines import cuda
 
@@ -67,14 +68,33 @@ def _cufile() -> ctypes.CDLL | None:
         return None
 
 
-def direct_reads() -> int:
-    """Direct reads so far: as the nvidia-fs driver counts them, and as cuFile itself does."""
+class Counted(NamedTuple):
+    """Reads so far: by nvidia-fs for all processes, and by cuFile of this one, by their way."""
+
+    driver: int
+    own: Mapping[str, int]
+
+
+def counted() -> Counted:
+    if _cufile() is None:
+        return Counted(0, {})  # what the driver counts is then others' alone
     try:
         with open(f"{NVIDIA_FS}/stats") as f:
             driver = nvidia_fs_reads(f.read())
     except OSError:
         driver = 0
-    return driver + sum(cufile_reads().get(kind, 0) for kind in ("p2p", "nvfs"))
+    return Counted(driver, cufile_reads())
+
+
+def since(before: Counted, after: Counted) -> tuple[int, int]:
+    """(direct reads, reads through host memory) between the two.
+
+    By cuFile's own counters where it has them; the driver's also count other processes' reads.
+    """
+    if not after.own:
+        return after.driver - before.driver, 0
+    ways = {way: n - before.own.get(way, 0) for way, n in after.own.items()}
+    return ways["p2p"] + ways["nvfs"], ways["posix"]
 
 
 def nvidia_fs_reads(text: str) -> int:
@@ -84,7 +104,8 @@ def nvidia_fs_reads(text: str) -> int:
 
 def cufile_reads() -> dict[str, int]:
     """This process's reads on all GPUs by the way they took, as cuFile counts them ("p2p", "nvfs",
-    "posix"); empty where its library is not loaded or too old to count (before CUDA 13)."""
+    "posix"); empty where its library is not loaded or too old to count (before CUDA 13), or knows
+    none of the GPUs."""
     get = getattr(_cufile(), "cuFileGetStatsL3", None)
     room = ctypes.create_string_buffer(64 << 10)
     if get is None:
@@ -92,7 +113,8 @@ def cufile_reads() -> dict[str, int]:
     get.restype = ctypes.c_uint64  # a struct of two ints, of which the first is the status
     if get(room) & 0xFFFFFFFF:
         return {}
-    return reads_by_gpu(room.raw, [cuda.uuid(n) for n in range(cuda.count())])
+    uuids = [cuda.uuid(n) for n in range(cuda.count())]
+    return reads_by_gpu(room.raw, uuids) if any(u in room.raw for u in uuids) else {}
 
 
 def reads_by_gpu(stats: bytes, uuids: Sequence[bytes]) -> dict[str, int]:

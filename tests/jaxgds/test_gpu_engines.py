@@ -204,7 +204,7 @@ def test_onto_one_gpu(checkpoint, engine):
     oracle.assert_same(ours, stock(checkpoint, tree))
     assert (
         oracle.last_report().path
-        in {"pinned": ["pinned"], "gds": ["gds", "mixed", "pinned"]}[engine]
+        in {"pinned": ["pinned"], "gds": ["gds", "gds-compat", "mixed", "pinned"]}[engine]
     )
 
 
@@ -233,16 +233,17 @@ def test_the_report_does_not_claim_more_than_cufile_counted(tmp_path, monkeypatc
             monkeypatch.setenv("JAXGDS_ENGINE", forced)
         else:
             monkeypatch.delenv("JAXGDS_ENGINE")
-        before = gds.direct_reads()
+        before = gds.counted()
         ours = jaxgds.load(path, strict=True)
         for name, x in tree.items():
             np.testing.assert_array_equal(np.asarray(ours[name]), x)
-        report, direct = oracle.last_report(), gds.direct_reads() > before
+        report, (direct, posix) = oracle.last_report(), gds.since(before, gds.counted())
         if forced:
-            assert report.path == "gds"
-            assert ("compatibility mode" in report.note) != direct
+            path = "gds-compat" if not direct else "mixed" if posix else "gds"
+            assert report.path == path
+            assert ("compatibility mode" in report.note) == (path != "gds")
         else:
-            assert (report.path == "gds") == direct
+            assert report.path in (("gds", "mixed") if direct else ("pinned",))
 
 
 @pytest.mark.parametrize("name", ENGINES)
