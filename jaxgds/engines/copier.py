@@ -12,12 +12,12 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxgds.engines import cuda
-from jaxgds.engines.aio import Descriptor
+from jaxgds.engines import aio, cuda
+from jaxgds.engines.aio import Descriptor, Request
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import BLOCK, DirectFile, Way
-from jaxgds.engines.ring import AHEAD, READS, SLOT_BYTES, Copies, Slot, wait_for
+from jaxgds.engines.ring import AHEAD, READ_BYTES, READS, SLOT_BYTES, Copies, Slot, wait_for
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -105,13 +105,25 @@ class Copier:
             assert isinstance(source, Extent)
             with self._files.open(source.file, read.array) as file:
                 whole = direct(segment)
-                for done in range(0, segment.nbytes, SLOT_BYTES):
-                    nbytes = min(SLOT_BYTES, segment.nbytes - done)
+                at_once = SLOT_BYTES if whole is None else READ_BYTES
+                for done in range(0, segment.nbytes, at_once):
+                    nbytes = min(at_once, segment.nbytes - done)
                     part = Extent(source.file, source.offset + done, nbytes)
                     yield _Part(read, part, segment, whole, done), file
 
     def _begin(self, parts: Iterator[tuple[_Part, DirectFile]]) -> bool:
         """Begins as many reads as there may be at once; whether there are others, perhaps."""
+        requests: list[Request] = []
+        unread = self._prepare(parts, requests)
+        if requests:
+            try:
+                aio.begin(requests)
+            except OSError as e:
+                self.slow = e  # as in _prepare
+        return unread
+
+    def _prepare(self, parts: Iterator[tuple[_Part, DirectFile]], requests: list[Request]) -> bool:
+        """Adds to `requests` what may begin now; whether there are others, perhaps."""
         while self._free:
             slot = self._free[0]
             if self._next is None:
@@ -130,11 +142,12 @@ class Copier:
             part.began = time.monotonic()
             try:
                 descriptor.follow(file, way[0])
-                slot.request.begin(descriptor, way, slot.pointer)
             except OSError as e:
                 self.slow = e  # it is waited for when the read is found to have given nothing
             else:
+                slot.request.prepare(descriptor, way, slot.pointer)
                 part.descriptor, descriptor.under_way = descriptor, descriptor.under_way + 1
+                requests.append(slot.request)
             self._next = None
             self._reading.append((self._free.popleft(), part))
         return True
@@ -206,6 +219,7 @@ class Copier:
             self._nap(nap)
             nap = min(2 * nap, _LONGEST_NAP)
         waits_no_more()
+        aio.settle()
         with ExitStack() as closed:
             for descriptor in self._descriptors:
                 closed.callback(descriptor.close)

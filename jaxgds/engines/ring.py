@@ -21,12 +21,13 @@ THREADS_PER_GPU = 32
 COPIERS_PER_GPU = 16
 READS = 14
 AHEAD = 1  # how many others each of their threads finds when it has carried one out
+# What is read at once: 1, 2, 4 MiB gave 31..36, 40..42, 34..36 GB/s (5 GB in memory, an H100).
+# With 2 MiB all that is under way is 64 MiB, much of it in the cores' caches until it is copied on.
+READ_BYTES = 2 << 20
 PINNERS = 4  # threads
 SLOTS = 2
-# What is scattered in one piece, and what is read at once: from memory, rows of 2 KiB in 2, 4 and
-# 8 MiB gave 44, 48 and 35 GB/s. On a host where a read takes 35 us to begin, 2 MiB with nothing
-# ahead gave 18 GB/s, 4 MiB 18, and with one ahead 20 and 25..28; on a fast one 2 and 4 MiB are
-# alike. Of 8 MiB too little stays in a core's cache until it is copied on.
+# What is scattered in one piece: from memory, rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35
+# GB/s. Of 8 MiB too little stays in a core's cache until it is copied on.
 SLOT_BYTES = scatter.MAX_STAGED
 # A slot has room for a read that is widened to whole blocks at both ends.
 MARGIN = 2 * 4096

@@ -105,7 +105,7 @@ READV(preadv64v2, (int fd, const struct iovec *vectors, int n, off64_t at, int f
 static int ended(struct aiocb64 *block, ssize_t returned, int error) {
   block->__return_value = returned;
   __atomic_store_n(&block->__error_code, error, __ATOMIC_RELEASE);
-  return 0;
+  return 1;
 }
 
 static void *read_late(void *block) {
@@ -115,20 +115,26 @@ static void *read_late(void *block) {
   return NULL;
 }
 
-int aio_read64(struct aiocb64 *block) {
-  NEXT(aio_read64);
+// Whether what is done with a read is done already.
+static int instead_of(struct aiocb64 *block) {
   size_t limit = block->aio_nbytes;
   pthread_t thread;
   if (kind == STALL_READ && hit(block->aio_fildes)) {
     __sync_fetch_and_add(&count, 1);
     block->__error_code = EINPROGRESS;
-    if (pthread_create(&thread, NULL, read_late, block)) return -1;
-    return pthread_detach(thread);
+    return !pthread_create(&thread, NULL, read_late, block) && !pthread_detach(thread);
   }
   ssize_t instead = before_read(block->aio_fildes, &limit);
   if (instead != -2) return ended(block, instead, instead < 0 ? errno : 0);
   if (limit < block->aio_nbytes) block->aio_nbytes = limit;
-  return next(block);
+  return 0;
+}
+
+int lio_listio64(int mode, struct aiocb64 *const blocks[], int number, struct sigevent *then) {
+  NEXT(lio_listio64);
+  struct aiocb64 *left[number];
+  for (int i = 0; i < number; i++) left[i] = instead_of(blocks[i]) ? NULL : blocks[i];
+  return next(mode, left, number, then);
 }
 
 #define OPEN(name)                                             \

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgds.engines import aio
 from jaxgds.engines.aio import SMALL, Descriptor, Request
 from jaxgds.engines.posix import BLOCK, DirectFile
 
@@ -35,7 +36,8 @@ class Slot:
         if not self.request.at_once(file, offset, nbytes, self.pointer):
             way = file.way(offset, nbytes)
             self.descriptor.follow(file, way[0])
-            self.request.begin(self.descriptor, way, self.pointer)
+            self.request.prepare(self.descriptor, way, self.pointer)
+            aio.begin([self.request])
 
     def found(self, offset: int, nbytes: int) -> bytes | None:
         """What was read, once it is; None if it is not all that was asked for."""
@@ -109,8 +111,10 @@ def test_reads_that_follow_each_other(stored, slots):
         fd, *_ = file.way(0, LONG)
         descriptor.follow(file, fd)
         for i, slot in enumerate(slots):
-            slot.request.begin(descriptor, (fd, 0, i * BLOCK, LONG + BLOCK - 1), slot.pointer)
+            slot.request.prepare(descriptor, (fd, 0, i * BLOCK, LONG + BLOCK - 1), slot.pointer)
+            assert slot.request.done and not slot.request.filled(i * BLOCK + 1)
             descriptor.under_way += 1
+        aio.begin([slot.request for slot in slots])
         with pytest.raises(AssertionError):
             descriptor.follow(DirectFile(str(path)), 0)
         file.close()
