@@ -13,9 +13,10 @@ from jaxgds.output import check_space
 
 
 SHAPE = (8192, 8192)  # one weight matrix: 128 MiB of bf16
-COLUMNS = 8  # chunks of the column-sharded checkpoint
+DEVICES = 8  # that the last two of Orbax's are sharded over
+MANY = 1000  # arrays of the last, each cut by rows
 
-FORMATS = ("orbax-raw", "orbax-zstd", "orbax-columns", "safetensors")
+FORMATS = ("orbax-raw", "orbax-zstd", "orbax-columns", "orbax-many", "safetensors")
 
 
 def make(folder: str, formats: tuple[str, ...], nbytes: int) -> dict[str, str]:
@@ -26,12 +27,12 @@ def make(folder: str, formats: tuple[str, ...], nbytes: int) -> dict[str, str]:
     """
     paths = {}
     for name in formats:
-        count = max(1, round(nbytes / (math.prod(SHAPE) * 2)))
+        count = max(1, round(nbytes / (math.prod(SHAPE) * 2)))  # of SHAPE
         path = paths[name] = os.path.join(folder, f"{name}-{count}")
         if os.path.exists(path):
             continue
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={COLUMNS}"
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
         os.makedirs(folder, exist_ok=True)
         check_space(folder, nbytes)
         subprocess.run(
@@ -54,6 +55,13 @@ def weights(count: int) -> dict[str, np.ndarray]:
     }
 
 
+def _cut(whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """MANY arrays, of the rows of fewer."""
+    rows = np.concatenate(list(whole.values()))
+    each = len(rows) // MANY // DEVICES * DEVICES
+    return {f"array_{i:04d}": rows[i * each : (i + 1) * each] for i in range(MANY)}
+
+
 def _write(name: str, path: str, count: int) -> None:
     if name == "safetensors":
         from safetensors.numpy import save_file
@@ -67,9 +75,12 @@ def _write(name: str, path: str, count: int) -> None:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     mesh = Mesh(np.array(jax.devices()), ("x",))
-    columns = NamedSharding(mesh, PartitionSpec(None, "x"))
-    where = columns if name == "orbax-columns" else jax.devices()[0]
-    tree = {k: jax.device_put(v, where) for k, v in weights(count).items()}
+    specs = {"orbax-columns": PartitionSpec(None, "x"), "orbax-many": PartitionSpec("x")}
+    where = NamedSharding(mesh, specs[name]) if name in specs else jax.devices()[0]
+    found = weights(count)
+    if name == "orbax-many":
+        found = _cut(found)
+    tree = {k: jax.device_put(v, where) for k, v in found.items()}
     handler = ocp.PyTreeCheckpointHandler(use_compression=name == "orbax-zstd")
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(tree))

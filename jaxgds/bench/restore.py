@@ -164,7 +164,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"ceiling {k}: {v / 1e9:.1f} GB/s" for k, v in limits.items() if v is not None]
     lines.append(
         f"{'loader':22}{'checkpoint':16}{'first':>8}{'best':>8}{'of ceiling':>12}"
-        f"{'page cache':>12}{'host peak':>11}{'device +':>10}   (GB/s, GB)"
+        f"{'page cache':>12}{'host peak':>11}{'device +':>10}{'plan':>7}   (GB/s, GB, s)"
     )
     for row in found["results"]:
         start = f"{row['loader']:22}{row['format']:16}"
@@ -181,11 +181,18 @@ def table(found: dict[str, Any]) -> str:
         cache = f"{cached / 1e9:.1f}" if cached else "-"
         lines.append(
             f"{start}{row['first_gbps']:8.2f}{row['best_gbps']:8.2f}{share:>12}{cache:>12}"
-            f"{row['host_peak_bytes'] / 1e9:11.2f}{device:>10}"
+            f"{row['host_peak_bytes'] / 1e9:11.2f}{device:>10}{_planned(row['breakdown']):>7}"
         )
         if left := row.get("cached_before"):
             lines.append(f"{'':22}not cold: {left:.1%} of its pages stayed in the page cache")
     return "\n".join(lines)
+
+
+def _planned(breakdown: dict[str, Any]) -> str:
+    """Seconds of a first call until it knew what to read."""
+    if not breakdown:
+        return "-"
+    return f"{breakdown['index_seconds'] + breakdown['plan_seconds']:.2f}"
 
 
 def plot(found: dict[str, Any], file: str) -> None:

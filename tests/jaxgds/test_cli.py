@@ -178,7 +178,8 @@ def test_bench_restore_measures_every_format(tmp_path):
     assert {r["format"] for r in found["results"]} == set(FORMATS)
     assert {"jaxgds", "orbax"} <= {r["loader"] for r in found["results"]}
     for row in found["results"]:
-        assert row["nbytes"] == 8192 * 8192 * 2 and len(row["seconds"]) == 2, row
+        rows = 8000 if row["format"] == "orbax-many" else 8192
+        assert row["nbytes"] == rows * 8192 * 2 and len(row["seconds"]) == 2, row
     assert "GB/s" in done.stdout
 
 
