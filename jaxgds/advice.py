@@ -44,7 +44,12 @@ def _no_nvidia_fs(found: Found) -> Iterator[str]:
             "kvikio is not installed, so GPUDirect Storage cannot be used; reads go through pinned "
             "host memory. Run: pip install 'jaxgds[cuda13]' (or [cuda12])"
         )
-    if gds["nvidia_fs"] is None and not gds["p2pdma"]:
+    if gds["cufile_error"] is not None:
+        yield (
+            f"cuFile does not start with its configuration, so reads go through pinned host "
+            f"memory. {gds['cufile_error']}"
+        )
+    elif gds["nvidia_fs"] is None and not gds["p2pdma"]:
         yield (
             "No nvidia-fs driver, so GPUDirect Storage cannot be used; reads go through pinned "
             "host memory, which is as fast as the PCIe link wherever the storage is slower. "

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jaxgds.advice import advice
-from jaxgds.engines import ENGINES, gds_proof, numa
+from jaxgds.engines import ENGINES, cufile_config, gds_proof, numa
 from jaxgds.errors import CheckpointError
 from jaxgds.inspect import inspect
 
@@ -69,13 +69,19 @@ def _gds() -> dict[str, Any]:
         kvikio = next(version(n) for n in ("kvikio-cu13", "kvikio-cu12") if _installed(n))
     except StopIteration:
         kvikio = None
+    p2p, error = False, None
+    try:
+        p2p = cufile_config.settings().peer_to_peer
+    except ValueError as e:
+        error = str(e)
     nvfs = f"{gds_proof.NVIDIA_FS}/version"
     return {
         "nvidia_driver": os.path.exists("/proc/driver/nvidia/version"),
         "nvidia_fs": _read(nvfs) if os.path.exists(nvfs) else None,
         "kvikio": kvikio,
         "cufile_json": os.environ.get("CUFILE_ENV_PATH_JSON"),
-        "p2pdma": gds_proof.peer_to_peer(),
+        "cufile_error": error,
+        "p2pdma": p2p,
         "ready": gds_proof.missing() is None,
     }
 
@@ -151,9 +157,22 @@ def _verdict(found: dict[str, Any]) -> list[str]:
         ]
     if not gpu:
         return ["JAX sees no GPU: restores take the host path (preadv into host memory)."]
+    gds = found["gds"]
+    if forced == "gds" and gds["kvikio"] is None:
+        return [
+            "JAXGDS_ENGINE=gds needs kvikio, which is not installed: restores are left to Orbax, "
+            "and safetensors go through numpy."
+        ]
+    if forced == "gds" and gds["cufile_error"]:
+        return [f"Restores fail, as JAXGDS_ENGINE asks for gds: {gds['cufile_error']}"]
+    if forced == "gds" and not gds["ready"]:
+        return [
+            "Restores take the gds-compat path, as JAXGDS_ENGINE asks for gds: cuFile reads by way "
+            "of host memory, and where its allow_compat_mode is false they take the pinned path."
+        ]
     if forced:
         return [f"Restores take the {forced} path, as JAXGDS_ENGINE asks for."]
-    if not found["gds"]["ready"]:
+    if not gds["ready"]:
         return ["Restores take the pinned path: reads into pinned memory, asynchronous copies."]
     return [
         "Restores try GPUDirect Storage, and take the pinned path where a trial read does not "

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jaxgds.engines import cuda, cufile
+from jaxgds.engines import cuda, cufile, cufile_config
 from jaxgds.engines.copier import copy_pieces
 from jaxgds.engines.cufile import CuFileError, Staging
 from jaxgds.engines.files import OpenFiles
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from jaxgds.engines import Buffer
 
 
-THREADS_PER_GPU = 8
-# What cuFile transfers at once by default (max_direct_io_size_kb).
+# What a thread stages at once. Reads straight into arrays are as large as cuFile's configuration
+# says, which also sets the number of threads; a read that is scattered must be staged whole.
 WINDOW = 16 << 20
 # For less, cuFile costs more than it saves.
 MIN_READ = 64 << 10
@@ -55,6 +55,7 @@ class GdsEngine:
 
     Raises:
       NotImplementedError: kvikio is not installed.
+      ValueError: cuFile does not take its configuration.
     """
 
     def __init__(self, ordinals: Sequence[int], *, proof: bool, strict: bool = False):
@@ -64,6 +65,7 @@ class GdsEngine:
             )
         self.path, self.note = "pinned", ""  # "gds" only once reads are counted
         self._ordinals, self._proof, self._strict = ordinals, proof, strict
+        self._settings = cufile_config.settings()
 
     def read(
         self,
@@ -78,7 +80,7 @@ class GdsEngine:
         if any(mine.values()):
             before = counted()  # after the trial reads, which prove nothing about these
             try:
-                _run(mine, buffers, arrived)
+                _run(mine, self._settings, buffers, arrived)
                 path, said = proven_path(*since(before, counted()))
                 why += [said] if said else []
             except CuFileError as e:
@@ -114,13 +116,19 @@ class GdsEngine:
         return mine, others, why
 
 
-def _run(mine: Mapping[int, Sequence[Read]], buffers: Sequence["Buffer"], arrived: Arrived) -> None:
+def _run(
+    mine: Mapping[int, Sequence[Read]],
+    settings: cufile_config.Settings,
+    buffers: Sequence["Buffer"],
+    arrived: Arrived,
+) -> None:
+    size = settings.request_bytes
     with cufile.files() as files:
         run_threads(
             [
-                functools.partial(_work, ordinal, todo, buffers, files, arrived)
+                functools.partial(_work, ordinal, todo, size, buffers, files, arrived)
                 for ordinal, todo in ((o, iter(r)) for o, r in mine.items())
-                for _ in range(min(THREADS_PER_GPU, len(mine[ordinal])))
+                for _ in range(min(settings.threads, len(mine[ordinal])))
             ]
         )
 
@@ -157,7 +165,7 @@ def gpus(read: Read, ordinals: Sequence[int]) -> Iterator[int]:
     return (ordinals[p.destination] for s in read.segments for p in s.pieces)
 
 
-def windows(offset: int, nbytes: int, limit: int = WINDOW) -> Iterator[tuple[int, int]]:
+def windows(offset: int, nbytes: int, limit: int) -> Iterator[tuple[int, int]]:
     """Cuts a range of a file at multiples of `limit`: (offset, bytes) of each part."""
     stop = offset + nbytes
     while offset < stop:
@@ -169,6 +177,7 @@ def windows(offset: int, nbytes: int, limit: int = WINDOW) -> Iterator[tuple[int
 def _work(
     ordinal: int,
     todo: Iterator[Read],
+    request_bytes: int,
     buffers: Sequence["Buffer"],
     files: "OpenFiles[cufile.File]",
     arrived: Arrived,
@@ -182,7 +191,7 @@ def _work(
             if stop.is_set():
                 break
             with traced("read"):
-                _carry_out(read, buffers, files, staging)
+                _carry_out(read, request_bytes, buffers, files, staging)
                 # The copy takes a hundredth of the read's time: to overlap them gains nothing.
                 cuda.call("cuStreamSynchronize", staging.stream)
             arrived(read.source_nbytes)
@@ -191,17 +200,22 @@ def _work(
 
 
 def _carry_out(
-    read: Read, buffers: Sequence["Buffer"], files: "OpenFiles[cufile.File]", staging: Staging
+    read: Read,
+    request_bytes: int,
+    buffers: Sequence["Buffer"],
+    files: "OpenFiles[cufile.File]",
+    staging: Staging,
 ) -> None:
     source = read.source
     assert isinstance(source, Extent)
     with files.open(source.file, read.array) as file:
-        _copy(read, source, file, buffers, staging)
+        _copy(read, source, request_bytes, file, buffers, staging)
 
 
 def _copy(
     read: Read,
     source: Extent,
+    request_bytes: int,
     file: cufile.File,
     buffers: Sequence["Buffer"],
     staging: Staging,
@@ -215,7 +229,7 @@ def _copy(
         copy_pieces(segment.pieces, start, buffers, staging.stream, on_device=True)
         return
     dst = buffers[whole.destination].pointer + whole.dst_offset - source.offset
-    for offset, nbytes in windows(source.offset, source.nbytes):
+    for offset, nbytes in windows(source.offset, source.nbytes, request_bytes):
         if not (offset % BLOCK or nbytes % BLOCK or (dst + offset) % BLOCK):
             file.read(offset, nbytes, dst + offset)
             continue

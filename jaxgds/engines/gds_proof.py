@@ -10,14 +10,13 @@ enters it silently.
 import ctypes
 import functools
 import importlib.util
-import json
 import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxgds.engines import cuda
+from jaxgds.engines import cuda, cufile_config
 
 
 NVIDIA_FS = "/proc/driver/nvidia-fs"
@@ -28,21 +27,13 @@ def missing() -> str | None:
     """What keeps GPUDirect Storage from being tried on this machine; None if nothing does."""
     if importlib.util.find_spec("kvikio") is None:
         return "kvikio is not installed"
-    if not os.path.exists(f"{NVIDIA_FS}/version") and not peer_to_peer():
+    try:
+        peer_to_peer = cufile_config.settings().peer_to_peer
+    except ValueError as e:
+        return str(e)
+    if not os.path.exists(f"{NVIDIA_FS}/version") and not peer_to_peer:
         return "the nvidia-fs driver is not loaded, and cuFile is not set to use P2PDMA"
     return None
-
-
-def peer_to_peer() -> bool:
-    """Whether cuFile is told to use the kernel's own peer-to-peer transfers."""
-    if os.environ.get("CUFILE_USE_PCIP2PDMA", "").lower() in ("1", "true"):
-        return True
-    try:
-        with open(os.environ.get("CUFILE_ENV_PATH_JSON", "/etc/cufile.json")) as f:
-            text = re.sub(r"^\s*//.*$", "", f.read(), flags=re.MULTILINE)
-        return bool(json.loads(text).get("properties", {}).get("use_pci_p2pdma"))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 @functools.cache

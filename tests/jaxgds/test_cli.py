@@ -60,7 +60,7 @@ def test_doctor(checkpoint, capsys):
         ("cpu", "pinned", "JAXGDS_ENGINE=pinned is no engine for JAX's devices"),
         ("gpu", "", "pinned path"),
         ("gpu", "pinned", "pinned path, as JAXGDS_ENGINE asks for"),
-        ("gpu", "gds", "gds path, as JAXGDS_ENGINE asks for"),
+        ("gpu", "gds", "JAXGDS_ENGINE=gds needs kvikio, which is not installed"),
         ("gpu", "host", "JAXGDS_ENGINE=host is no engine for JAX's devices"),
         ("gpu", "warp", "JAXGDS_ENGINE=warp names no engine"),
     ],
@@ -68,10 +68,37 @@ def test_doctor(checkpoint, capsys):
 def test_doctor_where_an_engine_is_forced(platform, engine, says, monkeypatch, capsys):
     device = {"platform": platform, "kind": "H100", "bytes_limit": None, "numa_node": None}
     monkeypatch.setattr(doctor, "_devices", lambda: [device])
+    monkeypatch.setattr(doctor, "_installed", lambda _: False)
     monkeypatch.setattr(doctor.gds_proof, "missing", lambda: "kvikio is not installed")
     monkeypatch.setenv("JAXGDS_ENGINE", engine)
     assert main(["doctor"]) == 0
     assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "missing, engine, config, says",
+    [
+        ("no nvidia-fs", "gds", "{}", "gds-compat path, as JAXGDS_ENGINE asks for"),
+        (None, "gds", "{}", "gds path, as JAXGDS_ENGINE asks for"),
+        ("bad.json: bad", "gds", "[]", "Restores fail, as JAXGDS_ENGINE asks for gds: "),
+        ("bad.json: bad", "", "[]", "pinned path"),
+    ],
+)
+def test_doctor_where_kvikio_is_installed(
+    missing, engine, config, says, monkeypatch, tmp_path, capsys
+):
+    device = {"platform": "gpu", "kind": "H100", "bytes_limit": None, "numa_node": None}
+    monkeypatch.setattr(doctor, "_devices", lambda: [device])
+    monkeypatch.setattr(doctor, "_installed", lambda _: True)
+    monkeypatch.setattr(doctor, "version", lambda _: "26.10")
+    monkeypatch.setattr(doctor.gds_proof, "missing", lambda: missing)
+    monkeypatch.setenv("JAXGDS_ENGINE", engine)
+    (tmp_path / "cufile.json").write_text(config)
+    monkeypatch.setenv("CUFILE_ENV_PATH_JSON", str(tmp_path / "cufile.json"))
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert says in said
+    assert (f"{tmp_path / 'cufile.json'}: the file is []" in said) == (config == "[]")
 
 
 def test_doctor_where_jax_does_not_start(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgds.engines import HostEngine, cufile, engine_for, numa
+from jaxgds.engines import HostEngine, cufile, cufile_config, engine_for, numa
 from jaxgds.engines.files import MAX_IDLE, OpenFiles
 from jaxgds.engines.gds import MIN_READ, WINDOW, unfit, windows
 from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
@@ -312,7 +312,8 @@ def test_shipped_cufile_configurations(file):
         if name.endswith("_size_kb"):
             assert value % 64 == 0, name
     properties = config["properties"]
-    staged = 8 * (16 * 1024 + 8)  # of one restore on one GPU, in KiB
+    settings = cufile_config.parse(file.read_text(), str(file))
+    staged = settings.threads * (WINDOW + 2 * BLOCK) >> 10  # of one restore on one GPU, in KiB
     assert properties["max_device_pinned_mem_size_kb"] > (
         properties["max_device_cache_size_kb"] + staged
     )
