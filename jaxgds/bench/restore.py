@@ -181,14 +181,14 @@ def table(found: dict[str, Any]) -> str:
         cache = f"{cached / 1e9:.1f}" if cached else "-"
         lines.append(
             f"{start}{row['first_gbps']:8.2f}{row['best_gbps']:8.2f}{share:>12}{cache:>12}"
-            f"{row['host_peak_bytes'] / 1e9:11.2f}{device:>10}{_planned(row['breakdown']):>7}"
+            f"{row['host_peak_bytes'] / 1e9:11.2f}{device:>10}{_planned(row.get('breakdown')):>7}"
         )
         if left := row.get("cached_before"):
             lines.append(f"{'':22}not cold: {left:.1%} of its pages stayed in the page cache")
     return "\n".join(lines)
 
 
-def _planned(breakdown: dict[str, Any]) -> str:
+def _planned(breakdown: dict[str, Any] | None) -> str:
     """Seconds of a first call until it knew what to read."""
     if not breakdown:
         return "-"
