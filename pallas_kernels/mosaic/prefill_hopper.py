@@ -32,7 +32,8 @@ from pallas_kernels.mosaic.tiles import rotation_matrix, smem
 
 
 _CONSUMERS = 2
-# Registers of a consumer's thread and of a producer's, by head_dim; 504 or 512 in all.
+# Registers of a consumer's thread and of a producer's, by head_dim: 512 in all of four warpgroups,
+# 504 of three; a block that asks for more waits forever.
 _REGISTERS = {64: (176, 80), 128: (200, 56), 256: (216, 72)}
 
 
@@ -76,7 +77,8 @@ def attention(
     kernel = plgpu.kernel(
         functools.partial(_kernel, options),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=(smem((_CONSUMERS, QUERIES, d), jnp.float16), tiles, barriers),
+        # Tiles first, at addresses that take no register, of which head_dim 256 leaves none.
+        scratch_types=(tiles, smem((_CONSUMERS, QUERIES, d), jnp.float16), barriers),
         grid=(batch, heads, pl.cdiv(group * (new // QUERIES), _CONSUMERS)),
         grid_names=("batch", "head", "block"),
         num_threads=_CONSUMERS + len(_producers(d, 0, 1)),
@@ -105,7 +107,7 @@ def attention(
     )
 
 
-def _kernel(options: Options, given: Inputs, out, q_s, tiles: Tiles, barriers: Barriers):
+def _kernel(options: Options, given: Inputs, out, tiles: Tiles, q_s, barriers: Barriers):
     fmt, group, interpret = options.fmt, options.group, options.interpret
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
@@ -118,23 +120,28 @@ def _kernel(options: Options, given: Inputs, out, q_s, tiles: Tiles, barriers: B
         work = jnp.maximum(last_work - consumer, 0)
         return work // group * QUERIES, lax.rem(work, group)
 
-    first_token, last_token = work_of(_CONSUMERS - 1)[0], work_of(0)[0] + QUERIES - 1
+    def bounds():
+        """The tiles that this block attends to: from its first token's oldest to its last token.
 
-    # The tiles that this block attends to: from its first token's oldest to its last token. Those
-    # from `left` to `whole` all of its tokens see as a whole.
-    lengths, base, dense = given.lengths, given.base, given.sources.k.shape[2] // tile
-    packed = base[batch] // tile
-    ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
-    start = left = jnp.int32(0)
-    end = packed + jnp.minimum((ahead + last_token) // tile, dense - 1) + 1
-    whole = packed + (ahead + first_token + 1) // tile
-    if options.sliding_window is not None:
-        oldest = lengths[batch] + first_token + 1 - options.sliding_window
-        start = jnp.maximum(oldest - fmt.sinks, 0) // tile
-        oldest = oldest + last_token - first_token
-        left = jnp.minimum((jnp.maximum(oldest - fmt.sinks, 0) + tile - 1) // tile, end)
-        whole = packed  # where the sinks may be
-    whole = jnp.maximum(jnp.minimum(whole, end), left)
+        Those from `left` to `whole` all of its tokens see as a whole. Called where it is needed:
+        what is known before the branches takes registers in all of them.
+        """
+        first_token, last_token = work_of(_CONSUMERS - 1)[0], work_of(0)[0] + QUERIES - 1
+        lengths, base, dense = given.lengths, given.base, given.sources.k.shape[2] // tile
+        packed = base[batch] // tile
+        ahead = lengths[batch] - base[batch]  # dense tokens before the chunk
+        start = left = jnp.int32(0)
+        end = packed + jnp.minimum((ahead + last_token) // tile, dense - 1) + 1
+        whole = packed + (ahead + first_token + 1) // tile
+        if options.sliding_window is not None:
+            oldest = lengths[batch] + first_token + 1 - options.sliding_window
+            start = jnp.maximum(oldest - fmt.sinks, 0) // tile
+            oldest = oldest + last_token - first_token
+            left = jnp.minimum((jnp.maximum(oldest - fmt.sinks, 0) + tile - 1) // tile, end)
+            whole = packed  # where the sinks may be
+        whole = jnp.maximum(jnp.minimum(whole, end), left)
+        return Work(batch, head, start, left, whole, end, packed)
+
     # Before and after the keys, the places of keys take what rotates queries and results.
     used, width = pieces(d, tile)
     words = levels.load_tables(given.tables, interpret)
@@ -148,28 +155,29 @@ def _kernel(options: Options, given: Inputs, out, q_s, tiles: Tiles, barriers: B
             plgpu.copy_gmem_to_smem(source, keys.tiles.at[slot, :width], keys.ready.at[slot])
 
     def produce(made):
+        work = bounds()
+        start, packed, end = work.start, work.packed, work.end
         if made[0].kind == "keys":
             rotation(0, jnp.int32(-used))
         produce_tiles(fmt, given.table.at[batch], (start, packed, end), made, interpret)
         if made[0].kind == "keys":
             rotation(1, end - start)
 
-    @pl.when(warpgroup < _CONSUMERS)
-    def _():
+    def consumers():
         if not interpret:
             plgpu.set_max_registers(_REGISTERS[d][0], action="increase")
         token, of_group = work_of(warpgroup)
         q_head = head * group + of_group
-        work = Work(batch, head, start, left, whole, end, packed)
-        consume(options, given, sides, work, q_head, token, q_s.at[warpgroup], out)
+        consume(options, given, sides, bounds(), q_head, token, q_s.at[warpgroup], out)
 
-    for number, made in enumerate(_producers(d, *sides)):
+    def producers():
+        if not interpret:
+            plgpu.set_max_registers(_REGISTERS[d][1], action="decrease")
+        each = [functools.partial(produce, made) for made in _producers(d, *sides)]
+        lax.switch(warpgroup - _CONSUMERS, each)
 
-        @pl.when(warpgroup == _CONSUMERS + number)
-        def _(made=made):
-            if not interpret:
-                plgpu.set_max_registers(_REGISTERS[d][1], action="decrease")
-            produce(made)
+    # One or the other: what producers alone need is not to take registers of the consumers.
+    lax.cond(warpgroup < _CONSUMERS, consumers, producers)
 
 
 def _producers(head_dim: int, *sides):
