@@ -11,7 +11,7 @@ import itertools
 import math
 import mmap
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -23,18 +23,10 @@ from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxgds.allocation_calls import Call, Spec, calls
 from jaxgds.engines import Buffer
 from jaxgds.engines.pages import advise
 from jaxgds.scatter import Destination
-
-
-# Results per program: more take longer to compile than to read into.
-MAX_RESULTS = 64
-# Of them with one shape and dtype: a sixteenth of those there are, for reading waits for the first.
-MIN_ALIKE, MAX_ALIKE = 4, 16
-
-type _Spec = tuple[tuple[int, ...], np.dtype]
-type _Call = list[tuple[_Spec, list[int]]]  # each with its destinations, on different devices
 
 
 class Allocation:
@@ -51,7 +43,7 @@ class Allocation:
 
     def __init__(self, destinations: Sequence[Destination], dtypes: Sequence[np.dtype]):
         specs = [(d.shape, t) for d, t in zip(destinations, dtypes, strict=True)]
-        self._calls = _calls(specs, [d.devices[0] for d in destinations])
+        self._calls = calls(specs, [d.devices[0] for d in destinations])
         self._x64 = bool(jax.config.jax_enable_x64)  # a thread's own setting, perhaps
         self.order = [0] * len(destinations)
         slots: list[Callable[[], int]] = [int] * len(destinations)
@@ -108,7 +100,7 @@ class Allocation:
         finally:
             self._lowered.set()
 
-    def _allocate(self, call: "_Call") -> dict[int, jax.Array]:
+    def _allocate(self, call: Call) -> dict[int, jax.Array]:
         (devices,) = {tuple(self.buffers[i].device for i in batch) for _, batch in call}
         # A mesh needs an axis to shard; scalars are not worth a program.
         sized = tuple((shape, dtype) for (shape, dtype), _ in call if shape)
@@ -145,59 +137,10 @@ def _pointer(done: "Future[dict[int, jax.Array]]", i: int) -> int:
     return done.result()[i].unsafe_buffer_pointer()
 
 
-def _calls(specs: Sequence[_Spec], devices: Sequence[jax.Device]) -> list[_Call]:
-    """Program calls that allocate one array for each (shape, dtype) on its device.
-
-    Compiling a program is what allocation costs, almost whatever the number of its results. So
-    specs of which equally many arrays are wanted share one program, called again and again; and the
-    program with the most bytes comes first, for the others compile while those bytes are read.
-    """
-    waiting: dict[_Spec, dict[jax.Device, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
-        waiting[spec][device].append(i)
-    together: dict[tuple, list[_Spec]] = defaultdict(list)
-    for spec, queues in waiting.items():
-        together[tuple((device, len(queue)) for device, queue in queues.items())].append(spec)
-    programs: list[tuple[int, list[_Call]]] = []
-    for counts, alike in together.items():
-        for some in itertools.batched(alike, MAX_RESULTS):
-            most = min(MAX_ALIKE, max(MIN_ALIKE, max(n for _, n in counts) // 16))
-            most = min(most, MAX_RESULTS // len(some))
-            calls = [
-                [
-                    (spec, [queue[k] for queue in waiting[spec].values() if k < len(queue)])
-                    for k in turns
-                    for spec in some
-                ]
-                for turns in _turns([count for _, count in counts], most)
-            ]
-            programs.append((sum(map(_call_nbytes, calls)), calls))
-    programs.sort(key=lambda program: -program[0])
-    return [call for _, calls in programs for call in calls]
-
-
-def _turns(counts: Sequence[int], most: int) -> Iterator[range]:
-    """Splits range(max(counts)) into evenly long parts, in each of which the same queues have all.
-
-    counts: how many each queue holds. most: per part.
-    """
-    start = 0
-    for stop in sorted(set(counts)):
-        parts = -(-(stop - start) // most)
-        step = -(-(stop - start) // parts)
-        for at in range(start, stop, step):
-            yield range(at, min(at + step, stop))
-        start = stop
-
-
-def _call_nbytes(call: _Call) -> int:
-    return sum(math.prod(shape) * t.itemsize * len(batch) for (shape, t), batch in call)
-
-
 class Program:
     """An `empty_program`, lowered at once and compiled when it is first wanted."""
 
-    def __init__(self, specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]):
+    def __init__(self, specs: tuple[Spec, ...], devices: tuple[jax.Device, ...]):
         self._lowered = empty_program(specs, devices).lower()
 
     @functools.cached_property
@@ -210,12 +153,12 @@ class Program:
 
 @functools.lru_cache(maxsize=512)
 def _program(
-    specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...], x64: bool
+    specs: tuple[Spec, ...], devices: tuple[jax.Device, ...], x64: bool
 ) -> Program:  # x64: JAX's setting, on which it depends what it gives for 64-bit dtypes
     return Program(specs, devices)
 
 
-def empty_program(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> jax.stages.Wrapped:
+def empty_program(specs: tuple[Spec, ...], devices: tuple[jax.Device, ...]) -> jax.stages.Wrapped:
     """A jitted function: per spec, an array of which each device has one uninitialised shard.
 
     On CPU `lax.empty` is a fill with zeros, so there the output of a callback that does nothing is
@@ -223,7 +166,7 @@ def empty_program(specs: tuple[_Spec, ...], devices: tuple[jax.Device, ...]) -> 
     """
 
     def fill() -> list[jax.Array]:
-        seen: Counter[_Spec] = Counter()
+        seen: Counter[Spec] = Counter()
         made = []
         for shape, dtype in specs:
             seen[shape, dtype] += 1
