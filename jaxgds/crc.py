@@ -12,9 +12,9 @@ _MIN_LANES = 16
 def crc32c(data: bytes) -> int:
     """The checksum: about 10 MB/s of a few KB, over 100 MB/s of a MB."""
     if len(data) < _LANE * _MIN_LANES:
-        table, crc = _table().tolist(), 0xFFFFFFFF
+        entries, crc = _entries(), 0xFFFFFFFF
         for byte in data:
-            crc = (crc >> 8) ^ table[(crc ^ byte) & 0xFF]
+            crc = (crc >> 8) ^ entries[(crc ^ byte) & 0xFF]
         return crc ^ 0xFFFFFFFF
     # To begin with all ones is to begin with zero and to invert the first four bytes; and from
     # zero on, leading zeros change nothing. So pad in front, let all lanes run at once from zero,
@@ -40,6 +40,11 @@ def _table() -> np.ndarray:
     for _ in range(8):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
     return table
+
+
+@functools.cache
+def _entries() -> list[int]:
+    return _table().tolist()
 
 
 @functools.cache
