@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
@@ -105,6 +106,9 @@ class _Restore:
         # The first restore of a process pins its lanes, which takes as long as to plan. By few
         # threads, for the interpreter lock is what planning and pinning both wait for.
         new = [(lane, home) for lane, home in self._copying if not lane.slots]
+        with suppress(OSError):  # whoever pins finds it again, and notes it
+            for lane, _ in new:
+                lane.reserve()
         targets = [functools.partial(self._pin, new[i::PINNERS]) for i in range(PINNERS)]
         targets = targets[: len(new)]
         targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]

@@ -117,6 +117,12 @@ class Lane:
         self._opening = threading.Lock()
         self._free_events: Callable[[], object] = lambda: None
 
+    def reserve(self) -> cuda.Pinned:
+        """Maps memory for the slots, before threads pin that of others."""
+        if self._memory is None:
+            self._memory = cuda.Pinned(self._count * (self.slot_bytes + MARGIN))
+        return self._memory
+
     def open(self, ordinal: int) -> None:
         """Pins the slots when it is first used, by GPU `ordinal`."""
         with self._opening:
@@ -124,7 +130,8 @@ class Lane:
                 return
             cuda.use(ordinal)
             nbytes = self.slot_bytes + MARGIN
-            memory = self._memory = cuda.Pinned(self._count * nbytes, ordinal)
+            memory = self.reserve()
+            memory.lock(ordinal)
             slots = [
                 Slot(memory.pointer + at, memory.view[at : at + nbytes])
                 for at in range(0, self._count * nbytes, nbytes)

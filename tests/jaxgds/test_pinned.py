@@ -603,7 +603,8 @@ def test_nothing_is_left_after_many_restores(tmp_path, ring):
 def test_the_driver_copies_late():
     """So that a slot which is used again too early is seen by its bytes, and one given back too."""
     cuda.use(0)
-    memory, stream, event = cuda.Pinned(BLOCK, 0), cuda.stream(), cuda.event()
+    memory, stream, event = cuda.Pinned(BLOCK), cuda.stream(), cuda.event()
+    memory.lock(0)
     got = np.zeros(3, np.uint8)
 
     def queue() -> None:
