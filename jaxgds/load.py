@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
+from jaxgds.interpreter import no_full_collections
 from jaxgds.progress import traced
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
@@ -61,14 +62,18 @@ def load(
         from jaxgds.verify import require
 
         require(path)
-    if is_safetensors(path):
-        return _load_safetensors(path, target, rename or (lambda name: name), strict)
-    if rename is not None:
-        raise ValueError(f"{path}: rename is for safetensors; Orbax checkpoints keep their tree")
-    return _load_orbax(item_directory(path), target, strict)
+    with no_full_collections:
+        if is_safetensors(path):
+            return _load_safetensors(path, target, rename or (lambda name: name), strict)
+        if rename is not None:
+            raise ValueError(
+                f"{path}: rename is for safetensors; Orbax checkpoints keep their tree"
+            )
+        return _load_orbax(item_directory(path), target, strict)
 
 
 def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
+    start, before = time.perf_counter(), report.last_report()
     import orbax.checkpoint as ocp  # not needed for safetensors, and slow to import
 
     from jaxgds import orbax
@@ -78,10 +83,13 @@ def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
     checkpointer = ocp.Checkpointer(orbax.handler(strict=strict, warn=False))
     try:
         if target is None:
-            return checkpointer.restore(folder)
-        restore_args = _restore_args(target, SavedShardings(folder, warn=False))
-        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
-        return checkpointer.restore(folder, args=args)
+            restored = checkpointer.restore(folder)
+        else:
+            restore_args = _restore_args(target, SavedShardings(folder, warn=False))
+            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+            restored = checkpointer.restore(folder, args=args)
+        report.took(time.perf_counter() - start, before)
+        return restored
     except Exception:
         _check_metadata(file, metadata or b"")
         raise

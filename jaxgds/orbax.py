@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, Sharding
 from jaxgds import report, restore
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Index, StoredArray, open_index
+from jaxgds.interpreter import no_full_collections
 from jaxgds.progress import traced
 from jaxgds.report import TransferReport
 from jaxgds.restore import Wanted
@@ -136,7 +137,8 @@ _FAST: dict[type, type] = {ArrayHandler: _ArrayHandler, NumpyHandler: _NumpyHand
 
 async def _deserialize(self, infos, args, strict: bool | None, stock: Deserialize) -> Sequence[Any]:
     try:
-        return await _restore(self, infos, args, strict, stock)
+        with no_full_collections:
+            return await _restore(self, infos, args, strict, stock)
     except BaseException as e:
         if not isinstance(e, Exception):
             # After Ctrl-C Orbax's thread keeps the task, its error, and so the arrays' memory.

@@ -115,6 +115,13 @@ def publish(report: TransferReport, of: TransferReport | None = None) -> None:
         monitoring.record_event("/jaxgds/restore/fallback", reason=why)
 
 
+def took(seconds: float, before: TransferReport | None) -> None:
+    """Adds the time that Orbax took around the restore to the last report, if not `before`."""
+    global _last
+    if _last is not None and _last is not before:
+        _last = dataclasses.replace(_last, seconds=seconds)
+
+
 def is_strict(strict: bool | None) -> bool:
     """`strict`; None asks the environment variable JAXGDS_STRICT."""
     return os.environ.get("JAXGDS_STRICT", "0") not in ("", "0") if strict is None else strict

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import gc
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +90,7 @@ def restore(
     def plan() -> list[Read]:
         nonlocal bytes_read, planned
         allocation.start()  # not before the engine's threads pin, which compiling slows down
-        with _collector_paused(), traced("plan"):
+        with traced("plan"):
             made = watched(lambda: make_plan(pairs, destinations=destinations))
             reads = in_order(made.reads, allocation.order)
         bytes_read, planned = made.source_nbytes, time.perf_counter()
@@ -206,7 +204,7 @@ def restore_to_host(
     whole = [tuple((0, n) for n in a.shape) for a in made]
     destinations = tuple(Destination(a.name, box, ()) for a, box in zip(stored, whole, strict=True))
     pairs: list[Any] = [(a, None) for a in stored]  # no shardings: the destinations are given
-    with _collector_paused(), traced("plan"):
+    with traced("plan"):
         plan = watched(lambda: make_plan(pairs, destinations=destinations))
     _log_plan(plan)
     planned = time.perf_counter()
@@ -225,18 +223,6 @@ def restore_to_host(
         arrays=len(made),
     )
     return made, report
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Of thousands of small objects none is garbage; looking at them all takes longer than work."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def in_order(reads: Sequence[Read], order: Sequence[int]) -> list[Read]:

@@ -6,52 +6,23 @@ kept alive by that thread's references (see `Buffer`), and used for nothing else
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from jaxgds.interpreter import quick_switches
+
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 MAX_TIMEOUT = 1e6
 INTERRUPTED = 0.5  # seconds that Ctrl-C waits for threads
-SWITCH = 1e-4  # seconds that a thread may keep the interpreter while readers wait for it
 
 type Target = Callable[[threading.Event], None]
 
 
 class _Stopped(Exception):
     """In a thread that was told to stop."""
-
-
-class _QuickSwitches:
-    """While any restore runs, other Python threads give the interpreter back after SWITCH seconds.
-
-    After each system call a reader needs it for microseconds; a thread that traces or compiles
-    would let each of them wait for Python's default of 5 ms, and the restore take five times as
-    long. The whole process is meant, and gets its own interval back in the end.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._users, self._before = threading.Lock(), 0, 0.0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._users:
-                self._before = sys.getswitchinterval()
-                if self._before > SWITCH:
-                    sys.setswitchinterval(SWITCH)
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users and self._before > SWITCH:
-                sys.setswitchinterval(self._before + 5e-7)  # Python rounds down to microseconds
-
-
-_quick_switches = _QuickSwitches()
 
 
 class _Own(threading.local):
@@ -170,7 +141,7 @@ def run_threads(
                 raise
 
     try:
-        with _quick_switches:
+        with quick_switches:
             start(targets)
             begin.set()  # not earlier: the kernel makes no thread while another one pins memory
             start(meanwhile())

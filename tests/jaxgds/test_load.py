@@ -221,3 +221,14 @@ def test_a_damaged_checkpoint(tmp_path, tree, damage):
         (path / "_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match=str(path)):
         jaxgds.load(path, abstract(tree, mesh(2)))
+
+
+def test_nothing_is_added_to_the_report_of_another_restore(tmp_path):
+    """Orbax restores strings without jaxgds."""
+    for name, tree in {"arrays": {"a": np.arange(9)}, "text": {"s": "only"}}.items():
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / name, tree)
+    jaxgds.load(tmp_path / "arrays")
+    before = jaxgds.last_report()
+    assert jaxgds.load(tmp_path / "text") == {"s": "only"}
+    assert jaxgds.last_report() is before

@@ -1,11 +1,13 @@
 """Threads that fail, hang and are interrupted: what the caller sees, and what is left behind."""
 
+import gc
 import sys
 import threading
 from typing import Never
 
 import pytest
 
+from jaxgds.interpreter import no_full_collections
 from jaxgds.workers import check_stop, read_timeout, reading, run_threads, watched
 
 
@@ -178,3 +180,30 @@ def test_threads_give_the_interpreter_back_quickly_while_readers_run(own, during
         assert sys.getswitchinterval() == own
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("set_meanwhile", [False, True])
+def test_no_full_collection_while_a_restore_runs(set_meanwhile):
+    before = gc.get_threshold()
+    full = []
+
+    def count(phase, info):
+        full.extend([phase] if info["generation"] == 2 else [])
+
+    gc.callbacks.append(count)
+    gc.set_threshold(10, 1, 1)
+    try:
+        kept = []
+        while not full:
+            kept.append([])
+        made = len(kept)
+        with no_full_collections, no_full_collections:
+            full.clear()
+            kept += [[] for _ in range(2 * made)]
+            assert not full
+            if set_meanwhile:
+                gc.set_threshold(10, 1, 2)
+        assert gc.get_threshold() == (10, 1, 1 + set_meanwhile)
+    finally:
+        gc.callbacks.remove(count)
+        gc.set_threshold(*before)
