@@ -16,6 +16,8 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh
 
+import pallas_kernels.mosaic  # noqa: F401  (loads the library that its kernels are linked with)
+
 
 def load(file: Path, arguments: Sequence[tuple], mesh: Mesh) -> list[Any] | None:
     """The executables that `save` wrote for such arguments; None if there are none."""
@@ -25,8 +27,6 @@ def load(file: Path, arguments: Sequence[tuple], mesh: Mesh) -> list[Any] | None
         if pickle.load(opened) != key(arguments, mesh):
             return None
         kept = pickle.load(opened)
-
-    import pallas_kernels.mosaic  # noqa: F401  (loads the library that its kernels are linked with)
 
     devices = list(mesh.devices.flat)
     return [

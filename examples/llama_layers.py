@@ -1,8 +1,11 @@
 """What a Llama's layers are made of, tensor parallel, in Flax NNX.
 
 A weight is bf16, or FP8 with a float32 scale per output, as `jaxgds prepare --quantize fp8` makes
-it.
+it. Modules are made with shapes in place of weights, which come from a checkpoint only: to trace
+initial values that nobody computes takes several times as long.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +21,9 @@ from examples.sharded_cache import attend
 
 class Linear(nnx.Module):
     def __init__(self, outputs: int, inputs: int, fp8: bool = False):
-        self.weight = nnx.Param(
-            jnp.zeros((outputs, inputs), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
-        )
+        self.weight = _shape((outputs, inputs), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
         if fp8:
-            self.weight_scale = nnx.Param(jnp.ones((outputs, 1), jnp.float32))
+            self.weight_scale = _shape((outputs, 1), jnp.float32)
 
     def __call__(self, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:
         """In float32, as is the sum over devices where the inputs are split."""
@@ -53,7 +54,7 @@ class Embedding(Linear):
 
 class Norm(nnx.Module):
     def __init__(self, dim: int, eps: float):
-        self.weight, self.eps = nnx.Param(jnp.ones(dim, jnp.float32)), eps
+        self.weight, self.eps = _shape((dim,), jnp.float32), eps
 
     def __call__(self, x: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
         x = x.astype(jnp.float32)
@@ -103,6 +104,10 @@ class Layer(nnx.Module):
         x = (x + y).astype(x.dtype)
         x = (x + self.mlp(self.post_attention_layernorm(x))).astype(x.dtype)
         return everywhere(x, self.self_attn.mesh), cache
+
+
+def _shape(shape: tuple[int, ...], dtype) -> nnx.Param[Any]:
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
 
 
 def everywhere[T](x: T, mesh: Mesh) -> T:

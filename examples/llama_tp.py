@@ -45,6 +45,8 @@ class Decoder(nnx.Module):
 
 
 class Llama(nnx.Module):
+    """With shapes in place of weights, until `nnx.merge` gives it those of a checkpoint."""
+
     def __init__(self, c: Config, mesh: Mesh):
         self.config, self.mesh = c, mesh
         self.model = Decoder(c, mesh)
@@ -94,5 +96,5 @@ def make_mesh(devices: int | None = None) -> Mesh:
 
 def abstract_model(c: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure, and a restore target that says where its weights go."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(c, mesh)))
+    graph, state = nnx.split(Llama(c, mesh))
     return graph, with_shardings(state, mesh, shipped({"model_type": "llama"}))
