@@ -239,9 +239,9 @@ def test_the_report_does_not_claim_more_than_cufile_counted(tmp_path, monkeypatc
             np.testing.assert_array_equal(np.asarray(ours[name]), x)
         report, (direct, posix) = oracle.last_report(), gds.since(before, gds.counted())
         if forced:
-            path = "gds-compat" if not direct else "mixed" if posix else "gds"
-            assert report.path == path
-            assert ("compatibility mode" in report.note) == (path != "gds")
+            way = "gds-compat" if not direct else "mixed" if posix else "gds"
+            assert report.path == way
+            assert ("compatibility mode" in report.note) == (way != "gds")
         else:
             assert report.path in (("gds", "mixed") if direct else ("pinned",))
 
