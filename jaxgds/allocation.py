@@ -76,6 +76,14 @@ class Allocation:
         if self._thread is not None:
             self._thread.join()
 
+    def drop(self) -> None:
+        """Lets go of the memory, which a kept traceback would hold on to by this object.
+
+        Threads that were left behind have the buffers that they write into.
+        """
+        self.wait()
+        self.buffers, self._done = [], []
+
     def arrays(self) -> list[jax.Array]:
         """One single-device array per destination; waits until all are allocated."""
         self.start()

@@ -102,8 +102,9 @@ def restore(
             engine = engine_for({b.device for b in buffers}, strict=is_strict(strict))
         with shown(sum(b.nbytes for b in buffers)) as arrived:
             engine.read(plan, buffers, arrived)
-    finally:
-        allocation.wait()
+    except BaseException:
+        allocation.drop()
+        raise
     filled = allocation.arrays()
     read = time.perf_counter()
     shards: dict[str, list] = {w.array.name: [] for w in wanted}

@@ -151,3 +151,20 @@ def test_allocated_memory_is_the_arrays(dtype):
         ctypes.memset(buffer.pointer, number % 2, buffer.nbytes)
     for number, array in enumerate(arrays):
         assert set(np.asarray(array).tobytes()) == {number % 2}
+
+
+def test_an_interrupted_restore_holds_no_memory(tmp_path, monkeypatch):
+    """Though Orbax keeps the task that was interrupted, and its traceback."""
+    path = oracle.save(tmp_path / "c", {"w": jnp.arange(1000.0)})
+    jaxgds.load(path)
+    gc.collect()
+    before = len(jax.live_arrays())
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxgds.restore.make_plan", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        jaxgds.load(path)
+    gc.collect()
+    assert len(jax.live_arrays()) == before, kept
