@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxgds import report, restore
+from jaxgds.arrays_only import restore_arrays
 from jaxgds.errors import CheckpointError
 from jaxgds.interpreter import no_full_collections
 from jaxgds.progress import traced
@@ -74,22 +75,24 @@ def load(
 
 def _load_orbax(folder: str, target: Any, strict: bool | None) -> Any:
     start, before = time.perf_counter(), report.last_report()
-    import orbax.checkpoint as ocp  # not needed for safetensors, and slow to import
+    file = os.path.join(folder, "_METADATA")
+    metadata = read_whole(file)  # before Orbax, which would wait for a pipe or a server forever
+    if target is not None and (restored := restore_arrays(folder, metadata, target, strict)):
+        return restored[0]
+    import orbax.checkpoint as ocp  # slow to import
 
     from jaxgds import orbax
 
-    file = os.path.join(folder, "_METADATA")
-    metadata = read_whole(file)  # before Orbax, which would wait for a pipe or a server forever
     checkpointer = ocp.Checkpointer(orbax.handler(strict=strict, warn=False))
     try:
         if target is None:
-            restored = checkpointer.restore(folder)
+            tree = checkpointer.restore(folder)
         else:
             restore_args = _restore_args(target, SavedShardings(folder, warn=False))
             args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
-            restored = checkpointer.restore(folder, args=args)
+            tree = checkpointer.restore(folder, args=args)
         report.took(time.perf_counter() - start, before)
-        return restored
+        return tree
     except Exception:
         _check_metadata(file, metadata or b"")
         raise

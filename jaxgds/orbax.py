@@ -24,13 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, Sharding
 
-from jaxgds import report, restore
-from jaxgds.errors import CheckpointError
+from jaxgds import leaves, report, restore
 from jaxgds.index import Index, StoredArray, open_index
 from jaxgds.interpreter import no_full_collections
 from jaxgds.progress import traced
 from jaxgds.report import TransferReport
-from jaxgds.restore import Wanted
 from jaxgds.saved import SavedShardings, random_keys
 
 
@@ -163,11 +161,9 @@ async def _restore(self, infos, args, strict: bool | None, stock: Deserialize) -
     result: dict[int, Any] = {}
     done = TransferReport(path="orbax")
     if wanted:
-        leaves = list(wanted.values())
+        some = list(wanted.values())
         with _interruptible():
-            made, done = (
-                restore.restore_to_host(leaves) if to_host else _onto_devices(leaves, strict)
-            )
+            made, done = restore.restore_to_host(some) if to_host else leaves.restore(some, strict)
         result.update(zip(wanted, made, strict=True))
     if fallbacks:
         some = list(fallbacks)
@@ -214,23 +210,6 @@ def _publish(restore_id: object, to_host: bool, done: TransferReport) -> None:
 _PARTS: weakref.WeakKeyDictionary[object, dict[bool, TransferReport]] = weakref.WeakKeyDictionary()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    wanted: Wanted
-    key_impl: str | None  # of a PRNG key, which is stored as its key data
-
-
-def _onto_devices(
-    leaves: Sequence[_Leaf], strict: bool | None
-) -> tuple[list[jax.Array], TransferReport]:
-    arrays, done = restore.restore([leaf.wanted for leaf in leaves], strict=strict)
-    keys = [leaf.key_impl for leaf in leaves]
-    return [
-        array if key is None else jax.random.wrap_key_data(array, impl=key)
-        for key, array in zip(keys, arrays, strict=True)
-    ], done
-
-
 def _sort_out(self, infos, args) -> tuple[dict[int, Any], dict[int, str]]:
     """Which leaves jaxgds restores, and why it does not restore the others."""
     folder = os.fspath(infos[0].parent_dir)
@@ -261,63 +240,27 @@ def _sort_out(self, infos, args) -> tuple[dict[int, Any], dict[int, str]]:
 
 def _numpy_leaf(index: Index, info, arg) -> StoredArray:
     """One array to restore to the host; NotImplementedError says why it is Orbax's."""
-    array = _stored(index, info)
+    array = leaves.stored(index, info.name)
     stored, dtype = array.layout.dtype, arg.dtype
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         dtype = None  # numpy has none: it gets the key data
     if dtype is not None and dtype != stored:
         raise NotImplementedError(f"a cast from {stored} to {np.dtype(dtype)}, in numpy")
-    _check_chunks(array, info)
-    array.check_stored()
+    leaves.check(array, complete=info.raise_array_data_missing_error)
     return array
 
 
-def _leaf(index: Index, saved: SavedShardings, key_impls: Mapping[str, str], info, arg) -> _Leaf:
+def _leaf(index: Index, saved: SavedShardings, keys: Mapping[str, str], info, arg) -> leaves.Leaf:
     """One leaf to restore; NotImplementedError says why it is Orbax's."""
-    array = _stored(index, info)
-    stored, shape = array.layout.dtype, array.layout.shape
-    dtype = getattr(arg, "dtype", None)
-    key_impl = key_impls.get(info.name)
-    logical = shape
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        if key_impl is None:
-            raise NotImplementedError(f"stored as {stored}, wanted as PRNG keys")
-        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl)))
-        logical, dtype = shape[: len(shape) - data.ndim], None
-    wanted_shape = getattr(arg, "global_shape", None)
-    if wanted_shape is not None and tuple(wanted_shape) != logical:
-        raise NotImplementedError(f"stored with shape {logical}, wanted {tuple(wanted_shape)}")
-    if dtype is not None and dtype != stored and not _castable(stored, dtype):
-        raise NotImplementedError(f"a cast from {stored} to {jax.numpy.dtype(dtype)}")
-    wanted = Wanted(array, _sharding(arg, info.name, saved), dtype)
-    why = restore.unsupported(wanted)
-    if why is not None:
-        raise NotImplementedError(why)
-    _check_chunks(array, info)
-    array.check_stored()
-    return _Leaf(wanted, key_impl)
-
-
-def _stored(index: Index, info) -> StoredArray:
-    if info.name not in index:
-        raise NotImplementedError("the checkpoint has no such array")
-    return index.array(info.name)
-
-
-def _check_chunks(array: StoredArray, info) -> None:
-    """Leaves an array to Orbax if a chunk left out stands for the fill value, and one is."""
-    if not info.raise_array_data_missing_error:
-        try:
-            for _ in array.chunks():
-                pass
-        except CheckpointError as e:
-            raise NotImplementedError(f"not all of its data is stored: {e}") from e
-
-
-def _castable(stored, dtype) -> bool:
-    """Casts that XLA and numpy both define as round-to-nearest-even (a NaN's payload aside)."""
-    floats = ("float16", "bfloat16", "float32")
-    return stored.name in floats and jax.numpy.dtype(dtype).name in floats
+    return leaves.leaf(
+        index,
+        info.name,
+        lambda: _sharding(arg, info.name, saved),
+        dtype=getattr(arg, "dtype", None),
+        shape=getattr(arg, "global_shape", None),
+        key_impl=keys.get(info.name),
+        complete=info.raise_array_data_missing_error,
+    )
 
 
 def _sharding(arg, name: str, saved: SavedShardings) -> Sharding:

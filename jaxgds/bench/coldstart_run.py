@@ -8,6 +8,7 @@ devices while it imports the rest, and loads while it compiles one program for a
 does not trace and compile, but takes the executables that "jaxgds" left in CACHE.
 """
 
+import importlib
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ def main(loader: str, path: str, cache: str, devices: int, prompt: int, started:
 
     pool = ThreadPoolExecutor(1)
     starting = pool.submit(start_devices) if loader != "naive" else None
-    import orbax.checkpoint as ocp
+    ocp: Any = importlib.import_module("orbax.checkpoint") if loader == "naive" else None
     from flax import nnx
 
     import pallas_kernels as pk
