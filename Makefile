@@ -1,6 +1,6 @@
 # make demo, make test: what they need goes into .venv when it is first needed (test-aot's into
 # .venv-aot).
-.PHONY: help demo test test-gpu test-aot sanitize lint clean
+.PHONY: help demo test test-gpu test-aot ptx sanitize lint clean
 .DEFAULT_GOAL := help
 
 bin := .venv/bin
@@ -20,6 +20,7 @@ help:
 	@echo 'make test      the tests that need no GPU'
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
 	@echo 'make test-aot  compile what runs on GPUs without one and check the result (1.5 GB)'
+	@echo 'make ptx       compile jaxgds/engines/zstd.cu to zstd.ptx, which is shipped'
 	@echo 'make sanitize  the Hopper kernels under compute-sanitizer: bad accesses and races'
 	@echo 'make lint      ruff and pyright'
 	@echo 'make clean     remove .venv, the downloads and the caches'
@@ -34,7 +35,10 @@ test-gpu: $(for_dev)
 	$(bin)/python -m pytest -m gpu
 
 test-aot: .venv-aot/installed-aot
-	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic tests/jaxgds/test_arrays_aot.py
+	.venv-aot/bin/python -m pytest -m aot tests/pallas_kernels/mosaic tests/jaxgds/test_*_aot.py
+
+ptx: .venv-aot/installed-aot
+	.venv-aot/bin/python tests/jaxgds/zstd_ptx.py
 
 sanitize: $(for_dev)
 	set -e; for case in $$($(bin)/python tests/sanitize.py --list); do \

@@ -16,7 +16,8 @@ SHAPE = (8192, 8192)  # one weight matrix: 128 MiB of bf16
 DEVICES = 8  # that the last two of Orbax's are sharded over
 MANY = 1000  # arrays of the last, each cut by rows
 
-FORMATS = ("orbax-raw", "orbax-zstd", "orbax-columns", "orbax-many", "safetensors")
+ORBAX = ("orbax-raw", "orbax-zstd", "orbax-columns", "orbax-many")
+FORMATS = (*ORBAX, "safetensors")
 
 
 def make(folder: str, formats: tuple[str, ...], nbytes: int) -> dict[str, str]:

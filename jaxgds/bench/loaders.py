@@ -101,6 +101,11 @@ def _jaxgds_orbax(path: str) -> tuple[Callable, Callable]:
     return _orbax(path)
 
 
+def _jaxgds_gpu_decodes(path: str) -> tuple[Callable, Callable]:
+    os.environ["JAXGDS_ZSTD"] = "gpu"
+    return _jaxgds_orbax(path)
+
+
 def _jaxgds_safetensors(path: str) -> tuple[Callable, Callable]:
     _jax()
     import jaxgds
@@ -168,6 +173,7 @@ def _safetensors_torch(path: str) -> tuple[Callable, Callable]:
 
 LOADERS: dict[str, Callable[[str], tuple[Callable, Callable]]] = {
     "jaxgds": _jaxgds_orbax,
+    "jaxgds (GPU decodes)": _jaxgds_gpu_decodes,
     "orbax": _orbax,
     "jaxgds (safetensors)": _jaxgds_safetensors,
     "safetensors.flax": _safetensors_flax,

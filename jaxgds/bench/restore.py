@@ -24,7 +24,13 @@ NEEDS = {
     "safetensors.torch": ("safetensors", "torch"),
     "safetensors.flax": ("safetensors", "flax"),
 }
-GPU_ONLY = ("instanttensor", "fastsafetensors", "safetensors.torch")
+GPU_ONLY = ("jaxgds (GPU decodes)", "instanttensor", "fastsafetensors", "safetensors.torch")
+# What loaders read, if not safetensors.
+FORMATS_OF = {
+    "jaxgds": checkpoints.ORBAX,
+    "jaxgds (GPU decodes)": ("orbax-zstd",),
+    "orbax": checkpoints.ORBAX,
+}
 
 
 def cases(formats: Sequence[str], gpu: bool) -> list[tuple[str, str]]:
@@ -32,7 +38,7 @@ def cases(formats: Sequence[str], gpu: bool) -> list[tuple[str, str]]:
     pairs = []
     for name in formats:
         for loader in LOADERS:
-            if (name == "safetensors") != (loader not in ("jaxgds", "orbax")):
+            if name not in FORMATS_OF.get(loader, ("safetensors",)):
                 continue
             if loader in GPU_ONLY and not gpu:
                 continue

@@ -10,20 +10,15 @@ a hundred times longer to get it back than to put work into a stream.
 import contextlib
 import ctypes
 import functools
-import mmap
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
-from jaxgds.engines.pages import advise
 from jaxgds.engines.strided import Box
 
 
 _HOST, _DEVICE = 1, 2  # CUmemorytype
-_MADV_POPULATE_WRITE = 23
-_POPULATED = 2 << 20  # at once: a huge page
-_PORTABLE = 1  # pinned for every context, not just the current one
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
 _NOT_READY = 600
 _DISABLE_TIMING = 2
@@ -74,6 +69,7 @@ _SIGNATURES = {
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamSynchronize": [c_void_p],
     "cuStreamDestroy_v2": [c_void_p],
+    "cuStreamWaitEvent": [c_void_p, c_void_p, c_uint],
     "cuEventCreate": [POINTER(c_void_p), c_uint],
     "cuEventRecord": [c_void_p, c_void_p],
     "cuEventQuery": [c_void_p],
@@ -81,6 +77,9 @@ _SIGNATURES = {
     "cuMemcpyHtoDAsync_v2": [c_uint64, c_void_p, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_uint64, c_uint64, c_size_t, c_void_p],
     "cuMemcpy3DAsync_v2": [POINTER(Copy3D), c_void_p],
+    "cuModuleLoadData": [POINTER(c_void_p), c_char_p],
+    "cuModuleGetFunction": [POINTER(c_void_p), c_void_p, c_char_p],
+    "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)],
 }
 
 
@@ -144,6 +143,8 @@ def _queueing() -> dict[str, Callable[..., int]]:
         "cuMemcpy3DAsync_v2",
         "cuEventRecord",
         "cuEventQuery",
+        "cuStreamWaitEvent",
+        "cuLaunchKernel",
     )
     for name in names:
         getattr(lib, name).argtypes = _SIGNATURES[name]
@@ -214,47 +215,6 @@ def when_dropped(owner: object, free: Callable[..., None], *arguments: object) -
     return finalizer
 
 
-class Pinned:
-    """Host memory, page-aligned, that every GPU copies from at full speed once it is locked.
-
-    Anonymous memory, populated and then registered: several times faster than cuMemHostAlloc, and
-    what takes the time, the zeroing, runs on all threads that lock some at once. Whoever maps or
-    unmaps memory waits for all of them, and makes them wait: so it is mapped here, before, and
-    populated in small pieces, for others do not only read. Together that halves the time.
-
-    Attributes:
-      pointer: its address.
-      view: its bytes.
-      close: gives it back.
-    """
-
-    def __init__(self, nbytes: int):
-        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.view = memoryview(memory)
-        self.pointer = ctypes.addressof(c_char.from_buffer(memory))
-        self.close: Callable[[], object] = lambda: None
-        advise(self.pointer, nbytes, mmap.MADV_HUGEPAGE)
-
-    def lock(self, ordinal: int) -> None:
-        """Has a GPU's driver, which is current, lock it; raises CudaError if it cannot."""
-        nbytes = self.view.nbytes
-        for at in range(0, nbytes, _POPULATED):
-            piece = min(_POPULATED, nbytes - at)
-            advise(self.pointer + at, piece, _MADV_POPULATE_WRITE)
-        try:
-            call("cuMemHostRegister_v2", self.pointer, nbytes, _PORTABLE)
-        except CudaError:
-            advise(self.pointer, nbytes, mmap.MADV_DONTNEED)
-            raise
-        # The view goes along, so that the memory is there for as long as the driver knows it.
-        self.close = when_dropped(self, _unregister, ordinal, self.pointer, self.view)
-
-
-def _unregister(ordinal: int, pointer: int, view: memoryview) -> None:
-    with current(ordinal):
-        call("cuMemHostUnregister", pointer)
-
-
 def allocate(nbytes: int) -> int:
     """Device memory of the current GPU, outside XLA's pool."""
     pointer = c_uint64()
@@ -308,3 +268,48 @@ def copy_box(box: Box, src: int, dst: int, stream: int, *, on_device: bool) -> N
         depth=depth,
     )
     submit("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
+
+
+def copy_rows_to_host(
+    src: int, src_pitch: int, dst: int, width: int, rows: int, stream: int
+) -> None:
+    """Queues the copy of `rows` times `width` bytes of device memory to pinned memory, in a row."""
+    copy = Copy3D(
+        src_kind=_DEVICE,
+        src_device=src,
+        src_pitch=src_pitch,
+        src_height=rows,
+        dst_kind=_HOST,
+        dst_host=dst,
+        dst_pitch=width,
+        dst_height=rows,
+        width=width,
+        height=rows,
+        depth=1,
+    )
+    submit("cuMemcpy3DAsync_v2", ctypes.byref(copy), stream)
+
+
+def functions(image: bytes, names: Sequence[str]) -> list[int]:
+    """The kernels of those names of a module, in the current context, for the process's life.
+
+    image: PTX, which the driver compiles (and keeps compiled), ended by a zero byte.
+    """
+    module, found = c_void_p(), []
+    call("cuModuleLoadData", ctypes.byref(module), image)
+    for name in names:
+        function = c_void_p()
+        call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        assert function.value
+        found.append(function.value)
+    return found
+
+
+def launch(
+    function: int, grid: tuple[int, int], threads: int, stream: int, *arguments: int
+) -> None:
+    """Queues a kernel whose parameters are pointers."""
+    values = (c_uint64 * len(arguments))(*arguments)
+    at = ctypes.addressof(values)
+    pointers = (c_void_p * len(arguments))(*(at + 8 * i for i in range(len(arguments))))
+    submit("cuLaunchKernel", function, *grid, 1, threads, 1, 1, 0, stream, pointers, None)

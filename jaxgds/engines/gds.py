@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda, cufile, cufile_config
-from jaxgds.engines.copier import copy_pieces
 from jaxgds.engines.cufile import CuFileError, Staging
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.gds_proof import counted, since, start_counting
 from jaxgds.engines.gds_proof import missing as missing
 from jaxgds.engines.host import direct, truncated
 from jaxgds.engines.numa import near
+from jaxgds.engines.parts import copy_pieces
 from jaxgds.engines.pinned import PinnedEngine, ordinal_of
 from jaxgds.engines.posix import BLOCK
 from jaxgds.index import Extent

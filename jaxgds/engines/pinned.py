@@ -6,16 +6,19 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
-from jaxgds.engines.copier import Copier, scatter
+from jaxgds.engines.copier import Copier
+from jaxgds.engines.device_zstd import Decoder, Frame, frame, wanted
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.numa import near
+from jaxgds.engines.parts import merged, raw_parts, scatter
 from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot
+from jaxgds.engines.zstd_kernels import kernels
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
@@ -82,6 +85,9 @@ class _Restore:
         self._copying = self._lanes[: COPIERS_PER_GPU * len(self._gpus)]
         self._raw: dict[int, Iterator[Read]] = {}
         self._decoded: dict[int, Iterator[Read]] = {}
+        self._frames: dict[int, list[Frame]] = defaultdict(list)  # for the GPU itself to decode
+        self._left: list[tuple[Read, str]] = []  # by the GPU, to the CPU
+        self._decoded_there = 0
         self._planned = threading.Event()
         self._decoding: set[Lane] = set()
         self._unpinned: dict[Lane, Exception] = {}
@@ -93,9 +99,11 @@ class _Restore:
         def share_out() -> list[Target]:
             try:
                 reads = plan()
-                decoded = [r for r in reads if not is_raw(r)]
+                decoded = self._for_the_cpu([r for r in reads if not is_raw(r)])
                 inline = all(read.codec == "raw" for read in decoded)
-                lanes = self._lanes[: min(len(decoded), PINNERS if inline else len(self._lanes))]
+                # Some are for what GPUs decode, from the beginning on.
+                kept = min(4 * len(self._gpus), len(self._lanes) // 2) if self._frames else 0
+                lanes = self._lanes[kept:][: min(len(decoded), PINNERS if inline else 1 << 30)]
                 self._raw = by_device([r for r in reads if is_raw(r)], self._ordinals)
                 self._decoded = by_device(decoded, self._ordinals)
                 self._decoding.update(lane for lane, _ in lanes)
@@ -113,18 +121,30 @@ class _Restore:
         targets = targets[: len(new)]
         targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
-        notes = [self._carry_on()] if self._unpinned else []
+        notes = []
+        if self._decoded_there:
+            notes.append(f"{self._decoded_there} zstd frames decoded on the GPU")
+        if self._left:
+            left = [*itertools.chain(*self._decoded.values()), *(read for read, _ in self._left)]
+            self._decoded = by_device(left, self._ordinals)
+            notes.append(f"{len(self._left)} zstd frames left to the CPU: {self._left[0][1]}")
+        if self._left or self._unpinned:
+            notes.append(self._carry_on())
         if self._slow is not None:
             notes.append(f"some reads were waited for one by one: {self._slow}")
         return "; ".join(filter(None, notes))
 
     def _carry_on(self) -> str:
-        """Carries out what lanes that cannot be pinned have left; returns what to note."""
-        self._copying = [(lane, home) for lane, home in self._lanes if lane.slots]
-        again = [functools.partial(self._decode_all, *one) for one in self._copying]
+        """Carries out what GPUs and lanes that cannot be pinned have left; returns what to note."""
+        decoding = self._lanes
+        if self._unpinned:
+            decoding = self._copying = [(lane, home) for lane, home in decoding if lane.slots]
+        again = [functools.partial(self._decode_all, *one) for one in decoding]
         run_threads(again, left_behind=self._ring.abandon)
         again = [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(again, left_behind=self._ring.abandon)
+        if not self._unpinned:
+            return ""
         why = next(iter(self._unpinned.values()))
         unread = itertools.chain(*self._raw.values(), *self._decoded.values())
         if next(unread, None) is not None:
@@ -173,8 +193,11 @@ class _Restore:
         """Carries out raw reads, for GPU `home` first."""
         near(home)
         copies = Copies(self._ring.streams, home)
+        if wanted():
+            with suppress(cuda.CudaError, OSError):  # a decoder finds it again, and notes it
+                kernels(home)
         self._wait(stop)
-        if not self._raw:
+        if not (self._raw or self._frames):
             return
         waiting = [lane for lane, its_home in self._copying if its_home == home]
 
@@ -188,9 +211,41 @@ class _Restore:
                     slots += lane.slots
             return slots
 
-        copier = Copier(copies, self._files, self._buffers, self._ordinals, more, self._arrived)
-        copier.run(_todo(self._raw, home), stop)
+        with ExitStack() as closed:
+            todo = _todo(self._raw, home)
+            parts = raw_parts(
+                todo, copies, self._files, self._buffers, self._ordinals, self._arrived
+            )
+            decoder = None
+            if frames := self._frames.pop(home, None):
+                try:
+                    decoder = Decoder(
+                        home, frames, copies, self._files, self._buffers, self._arrived
+                    )
+                except (cuda.CudaError, OSError) as e:
+                    self._left += [(frame.read, str(e)) for frame in frames]
+                else:
+                    closed.callback(decoder.close)
+                    parts = merged(decoder.parts(), parts)
+            copier = Copier(self._files, more)
+            copier.run(parts, stop)
+            if decoder is not None:
+                decoder.rest()
+                self._left += decoder.left
+                self._decoded_there += decoder.decoded
         self._slow = copier.slow or self._slow
+
+    def _for_the_cpu(self, reads: Sequence[Read]) -> list[Read]:
+        """The reads that no GPU is to decode."""
+        if not wanted():
+            return list(reads)
+        left = []
+        for read in reads:
+            if (found := frame(read)) is None:
+                left.append(read)
+            else:
+                self._frames[self._ordinals[found.destination]].append(found)
+        return left
 
     def _decode(self, read: Read, lane: Lane, copies: Copies) -> None:
         """What is compressed, or held inline by the metadata."""

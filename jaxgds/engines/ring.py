@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from jaxgds import scatter
 from jaxgds.engines import cuda
 from jaxgds.engines.aio import Request
+from jaxgds.engines.pinned_memory import Pinned
 
 
 # Lanes: decoding takes every core that there is.
@@ -112,15 +113,15 @@ class Lane:
         self.slot_bytes = slot_bytes
         self.slots: list[Slot] = []
         self._count = slots
-        self._memory: cuda.Pinned | None = None
+        self._memory: Pinned | None = None
         self._next = 0
         self._opening = threading.Lock()
         self._free_events: Callable[[], object] = lambda: None
 
-    def reserve(self) -> cuda.Pinned:
+    def reserve(self) -> Pinned:
         """Maps memory for the slots, before threads pin that of others."""
         if self._memory is None:
-            self._memory = cuda.Pinned(self._count * (self.slot_bytes + MARGIN))
+            self._memory = Pinned(self._count * (self.slot_bytes + MARGIN))
         return self._memory
 
     def open(self, ordinal: int) -> None:

@@ -31,9 +31,16 @@ typedef struct {
 
 typedef struct Event Event;
 
-typedef struct Work {  // a copy of rows, or the mark of an event
+typedef struct {
+  int kernel;  // its number, from 1 on; 0 for none
+  unsigned blocks, rows, threads;
+  uint64_t arguments[2];
+} Launch;
+
+typedef struct Work {  // a copy of rows, a kernel, the mark of an event, or a wait for one
   struct Work *next;
-  Event *event;
+  Event *event, *waits;
+  Launch launch;
   Copy3D copy;
 } Work;
 
@@ -52,6 +59,7 @@ struct Event {
 typedef struct Memory {
   struct Memory *next;
   const char *start, *end;
+  int gpu;
 } Memory;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -110,6 +118,10 @@ static Memory *memory_at(Memory *list, const char *start, const char *end) {
   return NULL;
 }
 
+// The kernels of a module, as `stand_in_kernels` was given them.
+static void (*run_kernel)(const char *, unsigned, unsigned, unsigned, const uint64_t *);
+static char kernels[16][32];
+
 static const char *source(const Copy3D *c) {
   return c->src_kind == 1 ? c->src_host : (const char *)c->src_device;
 }
@@ -119,6 +131,18 @@ static const char *source_end(const Copy3D *c) {
   return source(c) + rows * c->src_pitch + c->width;
 }
 
+static const char *target_end(const Copy3D *c) {
+  size_t rows = (c->depth - 1) * c->dst_height + c->height - 1;
+  return c->dst_host + rows * c->dst_pitch + c->width;
+}
+
+// Whether a copy reads or writes a piece of host memory.
+static int touches(const Work *work, const Memory *memory) {
+  const Copy3D *c = &work->copy;
+  return (c->src_kind == 1 && memory->start <= source(c) && source(c) < memory->end) ||
+         (c->dst_kind == 1 && memory->start <= c->dst_host && c->dst_host < memory->end);
+}
+
 static void carry_out(Stream *stream) {
   Work *work = stream->first;
   const Copy3D *c = &work->copy;
@@ -126,10 +150,16 @@ static void carry_out(Stream *stream) {
   if (!stream->first) stream->last = NULL;
   if (work->event) {
     work->event->stream = NULL;
+  } else if (work->waits) {
+    while (work->waits->stream) carry_out(work->waits->stream);
+  } else if (work->launch.kernel) {
+    Launch *l = &work->launch;
+    run_kernel(kernels[l->kernel], l->blocks, l->rows, l->threads, l->arguments);
   } else {
+    char *to = c->dst_kind == 1 ? c->dst_host : (char *)c->dst_device;
     for (size_t z = 0; z < c->depth; z++)
       for (size_t y = 0; y < c->height; y++)
-        memcpy((char *)c->dst_device + (z * c->dst_height + y) * c->dst_pitch,
+        memcpy(to + (z * c->dst_height + y) * c->dst_pitch,
                source(c) + (z * c->src_height + y) * c->src_pitch, c->width);
   }
   free(work);
@@ -145,10 +175,9 @@ static void forget(Stream *stream) {
   stream->last = NULL;
 }
 
-static void queue(Stream *stream, const Copy3D *copy, Event *event) {
-  Work *work = calloc(1, sizeof *work);
-  if (copy) work->copy = *copy;
-  work->event = event;
+static void queue(Stream *stream, Work what) {
+  Work *work = malloc(sizeof *work);
+  *work = what;
   if (stream->last) stream->last->next = work;
   else stream->first = work;
   stream->last = work;
@@ -207,6 +236,12 @@ void stand_in_forget(void) {
   pthread_mutex_lock(&lock);
   for (Stream *stream = streams; stream; stream = stream->next) forget(stream);
   pthread_mutex_unlock(&lock);
+}
+
+// Has kernels run: `run` is called with a kernel's name, the grid's two sizes, the threads of a
+// block and the two arguments.
+void stand_in_kernels(void (*run)(const char *, unsigned, unsigned, unsigned, const uint64_t *)) {
+  run_kernel = run;
 }
 
 // What a driver has
@@ -279,7 +314,7 @@ int cuMemHostRegister_v2(char *start, size_t nbytes, unsigned flags) {
   for (Memory *at = pinned; at; at = at->next)
     if (start < at->end && at->start < start + nbytes) REFUSE(712, "registered already");
   Memory *memory = malloc(sizeof *memory);
-  *memory = (Memory){pinned, start, start + nbytes};
+  *memory = (Memory){pinned, start, start + nbytes, current()};
   pinned = memory;
   END
 }
@@ -293,10 +328,9 @@ int cuMemHostUnregister(char *start) {
   if (!memory) REFUSE(713, "not registered");
   for (Stream *stream = streams; stream; stream = stream->next)
     for (Work *work = stream->first; work; work = work->next)
-      if (!work->event && memory->start <= source(&work->copy) && source(&work->copy) < memory->end)
-        early = stream;
+      if (touches(work, memory)) early = stream;
   if (early) {
-    status = forbidden(INVALID_VALUE, __func__, "a copy from it is not done");
+    status = forbidden(INVALID_VALUE, __func__, "a copy from or to it is not done");
     forget(early);
   }
   UNLINK(pinned, memory);
@@ -308,7 +342,7 @@ int cuMemAlloc_v2(uint64_t *pointer, size_t nbytes) {
   if (current() < 0) REFUSE(INVALID_CONTEXT, "no current context");
   Memory *memory = malloc(sizeof *memory);
   char *start = malloc(nbytes);
-  *memory = (Memory){allocated, start, start + nbytes};
+  *memory = (Memory){allocated, start, start + nbytes, current()};
   allocated = memory;
   *pointer = (uint64_t)start;
   END
@@ -316,9 +350,13 @@ int cuMemAlloc_v2(uint64_t *pointer, size_t nbytes) {
 
 int cuMemFree_v2(uint64_t pointer) {
   BEGIN
+  if (current() < 0) REFUSE(INVALID_CONTEXT, "no current context");
   Memory *memory = allocated;
   while (memory && memory->start != (char *)pointer) memory = memory->next;
   if (!memory) REFUSE(INVALID_VALUE, "not allocated");
+  if (memory->gpu != current()) REFUSE(INVALID_CONTEXT, "memory of another GPU");
+  for (Stream *stream = streams; stream; stream = stream->next)
+    if (stream->gpu == current() && stream->first) REFUSE(INVALID_VALUE, "the GPU is not done");
   free((char *)pointer);
   UNLINK(allocated, memory);
   END
@@ -366,7 +404,7 @@ int cuEventRecord(Event *event, Stream *stream) {
   if (event->stream) REFUSE(INVALID_HANDLE, "recorded again before it was seen to be done");
   event->stream = stream;
   event->looks = 0;
-  queue(stream, NULL, event);
+  queue(stream, (Work){.event = event});
   END
 }
 
@@ -376,6 +414,47 @@ int cuEventQuery(Event *event) {
   if (event->stream && ++event->looks < LAG) status = NOT_READY;
   else
     while (event->stream) carry_out(event->stream);
+  END
+}
+
+int cuStreamWaitEvent(Stream *stream, Event *event, unsigned flags) {
+  BEGIN
+  if (!FIND(streams, stream)) REFUSE(INVALID_HANDLE, "no such stream");
+  if (!FIND(events, event)) REFUSE(INVALID_HANDLE, "no such event");
+  if (event->stream) queue(stream, (Work){.waits = event});
+  END
+}
+
+int cuModuleLoadData(void **module, const char *image) {
+  BEGIN
+  if (current() < 0) REFUSE(INVALID_CONTEXT, "no current context");
+  if (!run_kernel) REFUSE(INVALID_VALUE, "there are no kernels to run");
+  *module = (void *)image;
+  END
+}
+
+int cuModuleGetFunction(void **function, const char *module, const char *name) {
+  BEGIN
+  char entry[80];
+  snprintf(entry, sizeof entry, ".entry %s(", name);
+  if (!strstr(module, entry)) REFUSE(500, "no such kernel");
+  size_t number = 1;
+  while (kernels[number][0] && strcmp(kernels[number], name)) number++;
+  snprintf(kernels[number], sizeof kernels[number], "%s", name);
+  *function = (void *)number;
+  END
+}
+
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads,
+                   unsigned threads_y, unsigned threads_z, unsigned shared, Stream *stream,
+                   void **arguments, void **extra) {
+  BEGIN
+  if (!FIND(streams, stream)) REFUSE(INVALID_HANDLE, "no such stream");
+  if (stream->gpu != current()) REFUSE(INVALID_HANDLE, "stream of another GPU");
+  if (!x || !y || z != 1 || !threads || threads > 1024) REFUSE(INVALID_VALUE, "sizes");
+  Launch launch = {(int)(size_t)function, x, y, threads,
+                   {*(uint64_t *)arguments[0], *(uint64_t *)arguments[1]}};
+  queue(stream, (Work){.launch = launch});
   END
 }
 
@@ -397,9 +476,11 @@ static int copy(const char *call, const Copy3D *c, Stream *stream) {
   if (!c->width || !c->height || !c->depth) return forbidden(INVALID_VALUE, call, "no bytes");
   if (c->src_kind == 1 && !memory_at(pinned, source(c), source_end(c)))
     return forbidden(INVALID_VALUE, call, "source is not pinned");
+  if (c->dst_kind == 1 && !memory_at(pinned, c->dst_host, target_end(c)))
+    return forbidden(INVALID_VALUE, call, "destination is not pinned");
   if (c->height * c->depth > 1 && (c->src_pitch < c->width || c->dst_pitch < c->width))
     return forbidden(INVALID_VALUE, call, "rows longer than their pitch");
-  queue(stream, c, NULL);
+  queue(stream, (Work){.copy = *c});
   return 0;
 }
 

@@ -8,26 +8,36 @@ import ctypes
 import functools
 import os
 import pathlib
+import shutil
 import subprocess
 
 import pytest
 
 
 LIBRARY = os.environ.get("JAXGDS_STAND_IN_DRIVER")
+KERNELS = os.environ.get("JAXGDS_STAND_IN_KERNELS")
 CORES = 8  # that lanes are made for, whatever this machine has
 HERE = pathlib.Path(__file__).parent
 
 
 def environment(compiler: str, folder: pathlib.Path) -> dict[str, str]:
-    """Builds the driver, and what makes reads fail; the environment of a process that uses them."""
+    """Builds the driver, and what makes reads fail; the environment of a process that uses them.
+
+    Where there is a C++ compiler, the driver has kernels too.
+    """
     driver, faulty = folder / "libcuda.so.1", folder / "faulty.so"
     command = [compiler, "-shared", "-fPIC", "-O1"]
     subprocess.run(
         [*command, "-Wl,-soname,libcuda.so.1", "-o", driver, HERE / "driver.c"], check=True
     )
     subprocess.run([*command, "-o", faulty, HERE / "faulty.c", "-ldl"], check=True)
+    kernels = folder / "kernels.so"
+    if plus := shutil.which("c++") or shutil.which("g++"):
+        source = HERE / "zstd_emulated.cpp"
+        subprocess.run([plus, *command[1:], "-std=c++17", "-o", kernels, source], check=True)
     return {
         "JAXGDS_STAND_IN_DRIVER": str(driver),
+        "JAXGDS_STAND_IN_KERNELS": str(kernels) if plus else "",
         "JAX_PLATFORMS": "cpu",
         "LD_PRELOAD": str(faulty),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -40,6 +50,8 @@ def driver() -> ctypes.CDLL:
     assert LIBRARY is not None
     library = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
     library.stand_in_violation.restype = ctypes.c_char_p
+    if KERNELS:
+        library.stand_in_kernels(ctypes.CDLL(KERNELS).run)
     return library
 
 

@@ -26,7 +26,7 @@ def test_the_pinned_engine_without_a_gpu(tmp_path):
     # Its own folder for files, or it would take away those of the tests that run it.
     options = ["-q", "-m", "gpu", "-p", "stand_in", "--basetemp", tmp_path / "inner"]
     options += ["-p", "no:cacheprovider"]
-    modules = [HERE / "test_pinned.py", HERE / "test_gpu_engines.py"]
+    modules = [HERE / f"test_{name}.py" for name in ("pinned", "gpu_engines", "device_zstd")]
     command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-4000:]
