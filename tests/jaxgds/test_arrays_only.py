@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_orbax import SETTINGS
 
 import jaxgds
 from jaxgds.arrays_only import restore_arrays
@@ -142,6 +143,32 @@ def test_what_is_left_to_orbax(tmp_path, tree, target, refused):
         assert jax.tree.structure(ours) == jax.tree.structure(target)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(tree), strict=True):
             assert a == b if isinstance(b, str) else np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_caller(tmp_path, setting):
+    tree = {"f32": array(), "inf": array(1) * np.inf, "int4": array(dtype="int4")}
+    tree["key"] = jax.random.key(1)
+    path, target = oracle.save(tmp_path / "c", tree), abstract(tree, EVERYWHERE)
+    target["inf"] = target["inf"].update(dtype=jnp.bfloat16)
+    with SETTINGS[setting]():
+        restored, expected = without_orbax(path, target), stock(path, target)
+    assert restored is not None
+    oracle.assert_same(restored[0], expected)
+
+
+@pytest.mark.parametrize("transformed", [jax.vmap, jax.grad, jax.jit])
+def test_while_something_is_traced(tmp_path, transformed):
+    tree = {"f32": array(), "key": jax.random.key(1)}
+    path, target = oracle.save(tmp_path / "c", tree), abstract(tree, EVERYWHERE)
+    restored = []
+
+    def call(x):
+        restored.append(without_orbax(path, target))
+        return x.sum()
+
+    transformed(call)(jnp.ones(3))
+    oracle.assert_same(restored[0][0], stock(path, target))
 
 
 def test_a_checkpoint_that_is_being_written(tmp_path):

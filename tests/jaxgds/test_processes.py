@@ -95,16 +95,21 @@ def test_nothing_is_left_after_many_restores(checkpoints):
 INTERRUPTED = """
 import os, sys, threading, time
 import jax, jaxgds, numpy as np
-path = sys.argv[1]
+path, times, abstract = sys.argv[1:]
 whole = jaxgds.load(path)
-for _ in range(int(sys.argv[2])):
+target = None
+if abstract == "True":  # without Orbax
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole
+    )
+for _ in range(int(times)):
     print("ready", flush=True)
     try:
         while True:
-            jaxgds.load(path)
+            jaxgds.load(path, target)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-again = jaxgds.load(path)
+again = jaxgds.load(path, target)
 assert all(np.array_equal(again[name], x) for name, x in whole.items())
 left = [t.name for t in threading.enumerate() if t.name.startswith("jaxgds")]
 import gc
@@ -115,8 +120,9 @@ print("done", left, kept, flush=True)
 """
 
 
+@pytest.mark.parametrize("abstract", [False, True])
 @pytest.mark.parametrize("kind", ["zstd", "raw"])
-def test_control_c(tmp_path, kind):
+def test_control_c(tmp_path, kind, abstract):
     """At moments of all sorts, also while one chunk of 64 MB is decoded.
 
     It takes less than a second, leaves no threads and no arrays, and the next restore works.
@@ -125,7 +131,7 @@ def test_control_c(tmp_path, kind):
     big[::1000] = np.arange(big[::1000].size)
     oracle.save(tmp_path / "c", {"w": jnp.asarray(big)}, (True, False, kind == "zstd"))
     times = 5
-    process = python("-c", INTERRUPTED, tmp_path / "c", times)
+    process = python("-c", INTERRUPTED, tmp_path / "c", times, abstract)
     assert process.stdout is not None
     for number in range(times):
         assert process.stdout.readline() == "ready\n", process.communicate()[1][-3000:]
