@@ -127,6 +127,7 @@ class Decoder:
       frames: on this GPU.
 
     Attributes:
+      nbytes: of device memory.
       decoded: how many frames.
       left: frames that the CPU has to decode, each with the GPU's reason.
 
@@ -153,12 +154,13 @@ class Decoder:
         lanes = min(LANES, -(-len(frames) // GROUPS))
         orders = -(-lanes * ctypes.sizeof(Order) // 256) * 256
         each = lanes * (workspace_nbytes() + HEADROOM + PIECE) + orders
+        self.nbytes = GROUPS * each
         self._groups: list[_Group] = []
         with ExitStack() as made:
             pinned = self._pinned = Pinned(1 << 16)  # given back when nobody holds it
             pinned.lock(ordinal)
             made.callback(pinned.close)
-            memory = cuda.allocate(GROUPS * each)
+            memory = cuda.allocate(self.nbytes)
             made.callback(cuda.free, memory)
             for i in range(GROUPS):
                 at = memory + i * each

@@ -87,7 +87,7 @@ class _Restore:
         self._decoded: dict[int, Iterator[Read]] = {}
         self._frames: dict[int, list[Frame]] = defaultdict(list)  # for the GPU itself to decode
         self._left: list[tuple[Read, str]] = []  # by the GPU, to the CPU
-        self._decoded_there = 0
+        self._decoders: list[Decoder] = []  # that are done
         self._planned = threading.Event()
         self._decoding: set[Lane] = set()
         self._unpinned: dict[Lane, Exception] = {}
@@ -122,8 +122,11 @@ class _Restore:
         targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         notes = []
-        if self._decoded_there:
-            notes.append(f"{self._decoded_there} zstd frames decoded on the GPU")
+        if decoded := sum(decoder.decoded for decoder in self._decoders):
+            most = max(decoder.nbytes for decoder in self._decoders) / 1e6
+            notes.append(
+                f"{decoded} zstd frames decoded on GPUs, with {most:.0f} MB of memory each"
+            )
         if self._left:
             left = [*itertools.chain(*self._decoded.values()), *(read for read, _ in self._left)]
             self._decoded = by_device(left, self._ordinals)
@@ -232,7 +235,7 @@ class _Restore:
             if decoder is not None:
                 decoder.rest()
                 self._left += decoder.left
-                self._decoded_there += decoder.decoded
+                self._decoders.append(decoder)
         self._slow = copier.slow or self._slow
 
     def _for_the_cpu(self, reads: Sequence[Read]) -> list[Read]:

@@ -89,12 +89,19 @@ def frames(folder, chunks: list[bytes], compressor=None) -> StoredArray:
     return StoredArray("w", layout, values)
 
 
+def told(engine: PinnedEngine) -> str:
+    """The note, without what the GPUs' memory was, which is less than the goal of 256 MiB."""
+    note, _, memory = engine.note.partition(", with ")
+    assert not memory or 0 < int(memory.removesuffix(" MB of memory each")) < 268
+    return note
+
+
 def assert_restored(array: StoredArray, chunks: list[bytes], note: str) -> None:
     engine = PinnedEngine()
     ((_, content),) = restored(array, one(), engine)
     for i, chunk in enumerate(chunks):
         assert content[i].tobytes() == chunk, i
-    assert engine.note == note
+    assert told(engine) == note
 
 
 @pytest.mark.parametrize("kind", ["weights", "zeros", "random", "repeated", "mixed"])
@@ -103,14 +110,14 @@ def test_frames_of_all_kinds(tmp_path, no_memory_is_kept, kind, count):
     chunk = data(kind, 1 << 20 if count == 1 else 300_001)
     chunks = [chunk[i:] + chunk[:i] for i in range(count)]
     array = frames(tmp_path, chunks)
-    assert_restored(array, chunks, f"{count} zstd frames decoded on the GPU")
+    assert_restored(array, chunks, f"{count} zstd frames decoded on GPUs")
 
 
 @pytest.mark.parametrize("piece", [4 << 10, 64 << 10, 1 << 20, 4 << 20])
 def test_pieces_of_all_sizes(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(device_zstd, "PIECE", piece)
     chunks = [weights(3_000_000, seed) for seed in range(2)]
-    assert_restored(frames(tmp_path, chunks), chunks, "2 zstd frames decoded on the GPU")
+    assert_restored(frames(tmp_path, chunks), chunks, "2 zstd frames decoded on GPUs")
 
 
 def test_frames_of_all_lengths(tmp_path):
@@ -119,7 +126,7 @@ def test_frames_of_all_lengths(tmp_path):
         weights(length * 1000, i).ljust(900_000, b"\0")
         for i, length in enumerate([10, 900, 20, 5, 800, 1, 1, 500, 30, 2, 900, 7])
     ]
-    assert_restored(frames(tmp_path, chunks), chunks, "12 zstd frames decoded on the GPU")
+    assert_restored(frames(tmp_path, chunks), chunks, "12 zstd frames decoded on GPUs")
 
 
 LEFT = {
@@ -147,7 +154,7 @@ def test_what_is_left_to_the_cpu(tmp_path, monkeypatch, no_memory_is_kept, kind)
 def test_a_frame_that_does_not_say_its_size(tmp_path):
     chunks = [weights(700_000)]
     array = frames(tmp_path, chunks, LEFT["no content size"])
-    assert_restored(array, chunks, "1 zstd frames decoded on the GPU")
+    assert_restored(array, chunks, "1 zstd frames decoded on GPUs")
 
 
 @pytest.mark.skipif(len(GPUS) < 2, reason="one GPU")
@@ -168,7 +175,7 @@ def test_two_gpus_of_which_one_helps_the_other(tmp_path):
     first, second = map(np.asarray, allocation.arrays())
     assert [x.tobytes() for x in first] == chunks
     np.testing.assert_array_equal(second, raw)
-    assert engine.note == "6 zstd frames decoded on the GPU"
+    assert told(engine) == "6 zstd frames decoded on GPUs"
 
 
 @pytest.mark.skipif(len(GPUS) < 2, reason="one GPU: no column shards")
@@ -182,7 +189,7 @@ def test_what_is_not_one_run_of_bytes_is_the_cpus(tmp_path):
     assert engine.note == ""
     for box, content in restored(array, NamedSharding(mesh, P("x")), engine):
         np.testing.assert_array_equal(content, x[tuple(slice(a, b) for a, b in box)])
-    assert engine.note == "2 zstd frames decoded on the GPU"
+    assert told(engine) == "2 zstd frames decoded on GPUs"
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 0.9])
@@ -280,7 +287,7 @@ def test_a_checkpoint_of_orbax(tmp_path):
         )
         for name, x in jaxgds.load(path, target, strict=True).items():
             assert oracle.raw(x) == np.asarray(tree[name], x.dtype).tobytes(), name
-        assert "zstd frames decoded on the GPU" in oracle.last_report().note
+        assert "zstd frames decoded on GPUs" in oracle.last_report().note
 
 
 def test_the_environment_variable(tmp_path, monkeypatch):
