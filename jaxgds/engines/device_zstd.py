@@ -6,16 +6,20 @@ Huffman stream is one thread's work: so a launch decodes the pieces of all lanes
 the lanes of other groups are filled.
 
 Nothing that a GPU says about a frame is final: what it finds damaged or cannot decode is left to
-the CPU, which says what is wrong with it.
+the CPU, which says what is wrong with it. And it is asked only if it decodes a trial frame right.
 """
 
 import ctypes
+import functools
 import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import zstandard
 
 from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
@@ -52,6 +56,9 @@ HEADROOM = (128 << 10) + 64
 MIN_BYTES, MIN_RATIO = 1 << 20, 0.6
 
 _UNREAD = "no pinned memory to read it into"
+# Of the pinned memory: all of it, and where that for orders and statuses ends.
+_PINNED, _TRIAL = 1 << 20, 1 << 16
+_proven: set[int] = set()  # GPUs that have decoded the trial frame
 
 
 class Frame(NamedTuple):
@@ -92,6 +99,14 @@ def wanted() -> bool:
     if text not in ("cpu", "gpu"):
         raise ValueError(f"JAXGDS_ZSTD={text!r}: expected cpu or gpu")
     return text == "gpu"
+
+
+@functools.cache
+def _trial() -> bytes:
+    """Data that takes all kernels: codes, matches, runs, and what does not become smaller."""
+    rng = np.random.default_rng(0)
+    weights = (rng.standard_normal(75_000, np.float32) * 0.02).view(np.uint16)[1::2].tobytes()
+    return weights + weights[50_000:90_000] + bytes(140_000) + rng.bytes(140_000)
 
 
 @dataclass(slots=True)
@@ -157,7 +172,7 @@ class Decoder:
         self.nbytes = GROUPS * each
         self._groups: list[_Group] = []
         with ExitStack() as made:
-            pinned = self._pinned = Pinned(1 << 16)  # given back when nobody holds it
+            pinned = self._pinned = Pinned(_PINNED)  # given back when nobody holds it
             pinned.lock(ordinal)
             made.callback(pinned.close)
             memory = cuda.allocate(self.nbytes)
@@ -165,6 +180,9 @@ class Decoder:
             for i in range(GROUPS):
                 at = memory + i * each
                 self._groups.append(self._group(at, at + each - orders, i, lanes, pinned, made))
+            if ordinal not in _proven:
+                self._prove(self._groups[0], made)
+                _proven.add(ordinal)
             self._made = made.pop_all()
 
     def _group(
@@ -249,15 +267,41 @@ class Decoder:
                 # Asked for as late as possible: it may still be being allocated.
                 lane.order.out = self._buffers[lane.frame.destination].pointer + lane.frame.offset
                 lane.order.capacity = lane.frame.nbytes
+        cuda.submit("cuEventRecord", group.copied, self._copies.stream(self._ordinal))
+        cuda.submit("cuStreamWaitEvent", group.stream, group.copied, 0)
+        self._launch(group)
+        cuda.submit("cuEventRecord", group.decoded, group.stream)
+
+    def _launch(self, group: _Group) -> None:
+        """Queues what the group's orders say, and the statuses' way to the host."""
         count, stream = len(group.lanes), group.stream
         nbytes = count * ctypes.sizeof(Order)
-        cuda.submit("cuEventRecord", group.copied, self._copies.stream(self._ordinal))
-        cuda.submit("cuStreamWaitEvent", stream, group.copied, 0)
         cuda.submit("cuMemcpyHtoDAsync_v2", group.orders, group.host, nbytes, stream)
         launch(self._ordinal, count, stream, group.workspaces, group.orders)
         statuses, each = group.host + nbytes, ctypes.sizeof(Status)
         cuda.copy_rows_to_host(group.workspaces, workspace_nbytes(), statuses, each, count, stream)
-        cuda.submit("cuEventRecord", group.decoded, stream)
+
+    def _prove(self, group: _Group, made: ExitStack) -> None:
+        """Raises CudaError if this GPU does not decode a frame to what it was made of."""
+        data = _trial()
+        encoded = zstandard.ZstdCompressor(level=1).compress(data)
+        view, host = self._pinned.view, self._pinned.pointer
+        memory = cuda.allocate(HEADROOM + 2 * len(data))
+        made.callback(cuda.free, memory)
+        made.callback(cuda.call, "cuStreamSynchronize", group.stream)
+        piece, out = memory + HEADROOM, memory + HEADROOM + len(data)
+        view[_TRIAL : _TRIAL + len(encoded)] = encoded
+        nbytes = len(encoded)
+        cuda.submit("cuMemcpyHtoDAsync_v2", piece, host + _TRIAL, nbytes, group.stream)
+        order, status = group.lanes[0].order, group.lanes[0].status
+        order.piece, order.nbytes, order.out, order.capacity = piece, nbytes, out, len(data)
+        order.flags = FIRST | LAST
+        self._launch(group)
+        cuda.copy_rows_to_host(out, len(data), host + _TRIAL, len(data), 1, group.stream)
+        cuda.call("cuStreamSynchronize", group.stream)
+        if status.error or not status.finished or view[_TRIAL : _TRIAL + len(data)] != data:
+            why = f"status {status.error}"
+            raise cuda.CudaError(f"a trial frame was not decoded to what it was made of ({why})")
 
     def _end(self, group: _Group) -> None:
         """Looks what became of the pieces of a group that is decoded."""

@@ -1,6 +1,7 @@
 """Frames that GPUs decode: on a real one, or by zstd.cu as C++ and driver.c (test_stand_in.py)."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,26 @@ def test_a_gpu_that_cannot(tmp_path, no_memory_is_kept, call, after, times):
     assert engine.note == f"3 zstd frames left to the CPU: {call}: CUDA_ERROR_OUT_OF_MEMORY " + (
         "(out of memory)"
     )
+
+
+def test_a_gpu_that_decodes_to_something_else(tmp_path, monkeypatch, no_memory_is_kept):
+    """It is not trusted with frames."""
+
+    class Other:
+        def __init__(self, level: int):
+            self.compressor = zstandard.ZstdCompressor(level=level)
+
+        def compress(self, data: bytes) -> bytes:
+            return self.compressor.compress(data[1:] + data[:1])
+
+    chunks = [weights(700_000, i) for i in range(3)]
+    array, engine = frames(tmp_path, chunks), PinnedEngine()
+    monkeypatch.setattr(device_zstd, "_proven", set())
+    monkeypatch.setattr(device_zstd, "zstandard", types.SimpleNamespace(ZstdCompressor=Other))
+    ((_, content),) = restored(array, one(), engine)
+    assert [x.tobytes() for x in content] == chunks
+    assert engine.note.startswith("3 zstd frames left to the CPU: a trial frame was not decoded")
+    assert not device_zstd._proven
 
 
 @stand_ins
