@@ -43,22 +43,21 @@ def restore_arrays(
         asked, saved = _asked(target), _saved(metadata)
         if asked is None or saved is None or asked.keys() != saved[0]:
             return None
-        names = {path: ".".join(key for key, _ in path) for path in asked}
         index = open_index(folder)
-        index.fetch(names.values())
+        index.fetch(name for name, _ in asked.values())
         keys = random_keys(folder)
         try:
             found = [
                 leaves.leaf(
                     index,
-                    names[path],
+                    name,
                     lambda leaf=leaf: leaf.sharding,
                     dtype=leaf.dtype,
                     shape=leaf.shape,
-                    key_impl=keys.get(names[path]),
+                    key_impl=keys.get(name),
                     complete=saved[1],
                 )
-                for path, leaf in asked.items()
+                for name, leaf in asked.values()
             ]
         except NotImplementedError:
             return None
@@ -69,19 +68,18 @@ def restore_arrays(
     return (jax.tree.unflatten(jax.tree.structure(target), arrays),)
 
 
-def _asked(target: Any) -> dict[_Path, jax.ShapeDtypeStruct] | None:
-    """Each leaf by its path; None if there is something else, or nothing, at some place."""
+def _asked(target: Any) -> dict[_Path, tuple[str, jax.ShapeDtypeStruct]] | None:
+    """By its path each leaf, and its array's name; None if something is no leaf, or nothing."""
     flat, structure = jax.tree_util.tree_flatten_with_path(target)
     if _empty_somewhere(structure):
         return None
-    found: dict[_Path, jax.ShapeDtypeStruct] = {}
-    names = set()
+    found: dict[_Path, tuple[str, jax.ShapeDtypeStruct]] = {}
     for path, leaf in flat:
         if not isinstance(leaf, jax.ShapeDtypeStruct) or not isinstance(leaf.sharding, Sharding):
             return None
         keys = tuple(map(_key, path))
-        found[keys] = leaf
-        names.add(".".join(key for key, _ in keys))
+        found[keys] = ".".join(key for key, _ in keys), leaf
+    names = {name for name, _ in found.values()}
     return found if len(names) == len(flat) else None  # Orbax says what of two of one name
 
 

@@ -60,7 +60,7 @@ class Copier:
                 if not (self._end_reads() or self._end_copies()):
                     if slots is None and not self._busy:
                         break  # nothing could be pinned
-                    self._nap(_LONG_NAP if slots is not None and not self._busy else _NAP)
+                    self._nap(_NAP if self._busy else _LONG_NAP)
         finally:
             try:
                 parts.close()

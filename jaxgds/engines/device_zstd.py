@@ -165,7 +165,7 @@ class Decoder:
         self._frames = deque(sorted(frames, key=lambda frame: -frame.source.nbytes))
         self.decoded = 0
         self.left: list[tuple[Read, str]] = []
-        kernels(ordinal)
+        kernels(ordinal)  # before memory is taken: the driver may refuse them
         lanes = min(LANES, -(-len(frames) // GROUPS))
         orders = -(-lanes * ctypes.sizeof(Order) // 256) * 256
         each = lanes * (workspace_nbytes() + HEADROOM + PIECE) + orders

@@ -144,10 +144,10 @@ class _Restore:
             decoding = self._copying = [(lane, home) for lane, home in decoding if lane.slots]
         again = [functools.partial(self._decode_all, *one) for one in decoding]
         run_threads(again, left_behind=self._ring.abandon)
-        again = [functools.partial(self._copy, gpu) for gpu in self._gpus]
-        run_threads(again, left_behind=self._ring.abandon)
         if not self._unpinned:
             return ""
+        again = [functools.partial(self._copy, gpu) for gpu in self._gpus]
+        run_threads(again, left_behind=self._ring.abandon)
         why = next(iter(self._unpinned.values()))
         unread = itertools.chain(*self._raw.values(), *self._decoded.values())
         if next(unread, None) is not None:

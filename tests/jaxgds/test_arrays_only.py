@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_orbax import SETTINGS
+from test_orbax import SETTINGS, PyTree
 
 import jaxgds
 from jaxgds.arrays_only import restore_arrays
@@ -51,11 +50,7 @@ def without_orbax(path: str, target: Any) -> tuple[Any] | None:
 
 
 def stock(path: str, target: Any) -> Any:
-    args = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path, args)
+    return PyTree().restore(path, target)
 
 
 class Model(nnx.Module):

@@ -22,7 +22,6 @@ from jaxgds.engines import PinnedEngine, cuda, device_zstd, zstd_kernels
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
 from jaxgds.plan import make_plan
-from jaxgds.zarr import Layout
 
 
 pytestmark = [
@@ -77,17 +76,8 @@ def data(kind: str, nbytes: int) -> bytes:
 
 def frames(folder, chunks: list[bytes], compressor=None) -> StoredArray:
     """An array of bytes whose chunks are one frame each."""
-    compressor = compressor or zstandard.ZstdCompressor(level=1)
-    (nbytes,) = {len(chunk) for chunk in chunks}
-    shape = (len(chunks), nbytes)
-    layout = Layout(shape, np.dtype("uint8"), (1, nbytes), (1, nbytes), "zstd", False, "", ".")
-    values, blob = {}, b"-" * 5
-    for i, chunk in enumerate(chunks):
-        encoded = compressor.compress(chunk)
-        values[f"w/{i}.0"] = Extent(str(folder / "data.bin"), len(blob), len(encoded))
-        blob += encoded + b"-" * 3
-    (folder / "data.bin").write_bytes(blob)
-    return StoredArray("w", layout, values)
+    rows = np.stack([np.frombuffer(chunk, np.uint8) for chunk in chunks])
+    return stored(folder, rows, (1, rows.shape[1]), "zstd", compressor=compressor)
 
 
 def told(engine: PinnedEngine) -> str:

@@ -73,7 +73,7 @@ def leaks_nothing(tmp_path_factory):
     assert held() == before
 
 
-def stored(folder, data: np.ndarray, chunk, codec="raw", gap=13) -> StoredArray:
+def stored(folder, data: np.ndarray, chunk, codec="raw", gap=13, compressor=None) -> StoredArray:
     """Chunks in one file, none of them aligned, with other bytes in between."""
     layout = Layout(data.shape, data.dtype, chunk, chunk, codec, False, "", ".")  # type: ignore
     file, values, blob = str(folder / "data.bin"), {}, [b"x" * gap]
@@ -82,7 +82,7 @@ def stored(folder, data: np.ndarray, chunk, codec="raw", gap=13) -> StoredArray:
         where = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))
         encoded = data[where].tobytes()
         if codec == "zstd":
-            encoded = zstandard.ZstdCompressor(level=1).compress(encoded)
+            encoded = (compressor or zstandard.ZstdCompressor(level=1)).compress(encoded)
         values[f"w/{'.'.join(map(str, index))}"] = Extent(file, at, len(encoded))
         blob += [encoded, b"x" * gap]
         at += len(encoded) + gap
