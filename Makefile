@@ -20,7 +20,7 @@ help:
 	@echo 'make test      the tests that need no GPU'
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
 	@echo 'make test-aot  compile what runs on GPUs without one and check the result (1.5 GB)'
-	@echo 'make ptx       compile jaxgds/engines/zstd.cu to zstd.ptx, which is shipped'
+	@echo 'make ptx       compile jaxgds/engines/zstd.cu to what is shipped beside it'
 	@echo 'make sanitize  the Hopper kernels under compute-sanitizer: bad accesses and races'
 	@echo 'make lint      ruff and pyright'
 	@echo 'make clean     remove .venv, the downloads and the caches'

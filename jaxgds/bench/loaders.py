@@ -101,8 +101,8 @@ def _jaxgds_orbax(path: str) -> tuple[Callable, Callable]:
     return _orbax(path)
 
 
-def _jaxgds_gpu_decodes(path: str) -> tuple[Callable, Callable]:
-    os.environ["JAXGDS_ZSTD"] = "gpu"
+def _jaxgds_cpu_decodes(path: str) -> tuple[Callable, Callable]:
+    os.environ["JAXGDS_ZSTD"] = "cpu"
     return _jaxgds_orbax(path)
 
 
@@ -173,7 +173,7 @@ def _safetensors_torch(path: str) -> tuple[Callable, Callable]:
 
 LOADERS: dict[str, Callable[[str], tuple[Callable, Callable]]] = {
     "jaxgds": _jaxgds_orbax,
-    "jaxgds (GPU decodes)": _jaxgds_gpu_decodes,
+    "jaxgds (CPU decodes)": _jaxgds_cpu_decodes,
     "orbax": _orbax,
     "jaxgds (safetensors)": _jaxgds_safetensors,
     "safetensors.flax": _safetensors_flax,

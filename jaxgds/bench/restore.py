@@ -24,11 +24,11 @@ NEEDS = {
     "safetensors.torch": ("safetensors", "torch"),
     "safetensors.flax": ("safetensors", "flax"),
 }
-GPU_ONLY = ("jaxgds (GPU decodes)", "instanttensor", "fastsafetensors", "safetensors.torch")
+GPU_ONLY = ("jaxgds (CPU decodes)", "instanttensor", "fastsafetensors", "safetensors.torch")
 # What loaders read, if not safetensors.
 FORMATS_OF = {
     "jaxgds": checkpoints.ORBAX,
-    "jaxgds (GPU decodes)": ("orbax-zstd",),
+    "jaxgds (CPU decodes)": ("orbax-zstd",),
     "orbax": checkpoints.ORBAX,
 }
 

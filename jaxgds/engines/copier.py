@@ -15,7 +15,7 @@ from jaxgds.engines.aio import Descriptor, Request
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.parts import Part, Parts
 from jaxgds.engines.posix import BLOCK, DirectFile, Way
-from jaxgds.engines.ring import AHEAD, READS, Slot, wait_for
+from jaxgds.engines.ring import AHEAD, READS, Copies, Slot, wait_for
 from jaxgds.progress import traced
 from jaxgds.workers import waits, waits_no_more
 
@@ -29,6 +29,7 @@ class Copier:
     """Carries out reads with the slots it is given.
 
     Args:
+      copies: what the parts queue with.
       more: gives slots that are for this thread from now on; None if there will be no others.
 
     Attributes:
@@ -38,9 +39,10 @@ class Copier:
     def __init__(
         self,
         files: OpenFiles[DirectFile],
+        copies: Copies,
         more: Callable[[], Sequence[Slot] | None],
     ):
-        self._files = files
+        self._files, self._copies = files, copies
         self._more, self._free = more, deque[Slot]()
         self._reading: list[tuple[Slot, Part]] = []
         self._copying: deque[Slot] = deque()  # one stream: the first ends first
@@ -94,11 +96,11 @@ class Copier:
                 if found is None:
                     break
                 part, file = found
-                source, part.began = part.source, time.monotonic()
-                if slot.request.at_once(file, source.offset, source.nbytes, slot.pointer):
+                part.began = time.monotonic()
+                if slot.request.at_once(file, part.offset, part.nbytes, slot.pointer):
                     self._reading.append((self._free.popleft(), part))
                     continue
-                self._next = part, file, file.way(source.offset, source.nbytes)
+                self._next = part, file, file.way(part.offset, part.nbytes)
             part, file, way = self._next
             descriptor = self._descriptor(file, way[0])
             if descriptor is None:
@@ -142,17 +144,18 @@ class Copier:
             except BaseException:
                 under_way += reading[i + 1 :]
                 raise
+        self._copies.release()
         return len(under_way) < len(reading)
 
     def _end_read(self, slot: Slot, part: Part) -> None:
         waits_no_more()  # what follows may wait for memory, not for a file
-        source, at = part.source, part.source.offset % BLOCK
-        if not slot.request.filled(source.offset + source.nbytes):
+        offset, nbytes = part.offset, part.nbytes
+        if not slot.request.filled(offset + nbytes):
             # Whatever was wrong: this way does without, or says what it was.
-            with self._files.open(source.file, part.read.array) as file:
-                file.read(source.offset, source.nbytes, slot.view, part.read.array)
+            with self._files.open(part.file, part.read.array) as file:
+                file.read(offset, nbytes, slot.view, part.read.array)
         self._copying.append(slot)
-        part.queue(slot, at)
+        part.queue(part.done, nbytes, slot, offset % BLOCK)
 
     def _end_copies(self) -> bool:
         """Frees the slots whose copies are done; whether there was any."""
@@ -164,7 +167,7 @@ class Copier:
     def _nap(self, seconds: float) -> None:
         if self._reading:
             _, oldest = self._reading[0]
-            waits(oldest.began, oldest.source.file, oldest.read.array)
+            waits(oldest.began, oldest.file, oldest.read.array)
         with traced("read") if self._reading else nullcontext():
             time.sleep(seconds)
 
@@ -179,4 +182,5 @@ class Copier:
         with ExitStack() as closed:
             for descriptor in self._descriptors:
                 closed.callback(descriptor.close)
-            wait_for(self._copying)
+            closed.callback(wait_for, self._copying)
+            self._copies.release()

@@ -22,6 +22,7 @@ _HOST, _DEVICE = 1, 2  # CUmemorytype
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
 _NOT_READY = 600
 _DISABLE_TIMING = 2
+_MAJOR, _MINOR = 75, 76  # CUdevice_attribute: of the compute capability
 _NAP = 100e-6  # seconds between two looks at an event: each look takes the interpreter lock
 
 
@@ -56,6 +57,7 @@ _SIGNATURES = {
     "cuGetErrorString": [c_int, POINTER(c_char_p)],
     "cuDeviceGet": [POINTER(c_int), c_int],
     "cuDeviceGetCount": [POINTER(c_int)],
+    "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
     "cuDeviceGetUuid_v2": [c_char_p, c_int],
     "cuDeviceGetPCIBusId": [c_char_p, c_int, c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
@@ -185,6 +187,15 @@ def uuid(ordinal: int) -> bytes:
     return found.raw
 
 
+def compute_capability(ordinal: int) -> tuple[int, int]:
+    """Of GPU `ordinal`: (9, 0) for Hopper."""
+    device, major, minor = c_int(), c_int(), c_int()
+    call("cuDeviceGet", ctypes.byref(device), ordinal)
+    call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
+    call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
+    return major.value, minor.value
+
+
 def use(ordinal: int) -> None:
     """Makes GPU `ordinal` current for the calling thread."""
     call("cuCtxSetCurrent", context(ordinal))
@@ -293,7 +304,7 @@ def copy_rows_to_host(
 def functions(image: bytes, names: Sequence[str]) -> list[int]:
     """The kernels of those names of a module, in the current context, for the process's life.
 
-    image: PTX, which the driver compiles (and keeps compiled), ended by a zero byte.
+    image: a cubin; or PTX, which the driver compiles (and keeps compiled), ended by a zero byte.
     """
     module, found = c_void_p(), []
     call("cuModuleLoadData", ctypes.byref(module), image)

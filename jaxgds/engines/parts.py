@@ -25,19 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Part:
-    """A part of a read.
+    """A part of a read: `nbytes` of a file, from `offset` on.
 
     Attributes:
-      source: where its bytes lie.
-      queue: queues the copies of the bytes, which lie in a slot from an offset on, and has the
-        slot free after them.
+      done: how many bytes of the read come before it.
+      queue: called with `done`, `nbytes`, and a slot and from where on the bytes lie in it: queues
+        their copies.
       began: when it was begun, of time.monotonic.
       descriptor: that reads it.
     """
 
     read: Read
-    source: Extent
-    queue: Callable[[Slot, int], None]
+    file: str
+    offset: int
+    nbytes: int
+    done: int
+    queue: Callable[[int, int, Slot, int], None]
     began: float = 0.0
     descriptor: Descriptor | None = None
 
@@ -53,16 +56,12 @@ def cut(
     files: OpenFiles[DirectFile],
     queue: Callable[[int, int, Slot, int], None],
 ) -> Parts:
-    """Parts of a range of a file.
-
-    Args:
-      queue: called with the part's offset in the range and its length, and as `Part.queue`.
-    """
-    with files.open(source.file, read.array) as file:
-        for done in range(0, source.nbytes, at_once):
-            nbytes = min(at_once, source.nbytes - done)
-            part = Extent(source.file, source.offset + done, nbytes)
-            yield Part(read, part, partial(queue, done, nbytes)), file
+    """Parts of a range of a file."""
+    path, begin, size = source
+    with files.open(path, read.array) as file:
+        for done in range(0, size, at_once):
+            nbytes = min(at_once, size - done)
+            yield Part(read, path, begin + done, nbytes, done, queue), file
 
 
 def raw_parts(
@@ -126,7 +125,7 @@ def scatter(
             with traced("scatter"):
                 copy_pieces(pieces, slot.pointer + at, buffers, stream, on_device=False)
         finally:
-            copies.release(slot, ordinal)
+            copies.queued(slot, ordinal)
 
 
 def copy_pieces(

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
 from jaxgds.engines.copier import Copier
-from jaxgds.engines.device_zstd import Decoder, Frame, frame, wanted
-from jaxgds.engines.files import OpenFiles
+from jaxgds.engines.device_zstd import Decoder, Frame, for_gpus
+from jaxgds.engines.files import OpenFiles, make_room
 from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.numa import near
 from jaxgds.engines.parts import merged, raw_parts, scatter
 from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot
-from jaxgds.engines.zstd_kernels import kernels
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
@@ -85,7 +84,7 @@ class _Restore:
         self._copying = self._lanes[: COPIERS_PER_GPU * len(self._gpus)]
         self._raw: dict[int, Iterator[Read]] = {}
         self._decoded: dict[int, Iterator[Read]] = {}
-        self._frames: dict[int, list[Frame]] = defaultdict(list)  # for the GPU itself to decode
+        self._frames: dict[int, list[Frame]] = {}  # for the GPU itself to decode
         self._left: list[tuple[Read, str]] = []  # by the GPU, to the CPU
         self._decoders: list[Decoder] = []  # that are done
         self._planned = threading.Event()
@@ -99,7 +98,8 @@ class _Restore:
         def share_out() -> list[Target]:
             try:
                 reads = plan()
-                decoded = self._for_the_cpu([r for r in reads if not is_raw(r)])
+                encoded = [r for r in reads if not is_raw(r)]
+                self._frames, decoded = for_gpus(encoded, self._ordinals)
                 inline = all(read.codec == "raw" for read in decoded)
                 # Some are for what GPUs decode, from the beginning on.
                 kept = min(4 * len(self._gpus), len(self._lanes) // 2) if self._frames else 0
@@ -117,8 +117,13 @@ class _Restore:
         with suppress(OSError):  # whoever pins finds it again, and notes it
             for lane, _ in new:
                 lane.reserve()
-        targets = [functools.partial(self._pin, new[i::PINNERS]) for i in range(PINNERS)]
-        targets = targets[: len(new)]
+        targets: list[Target] = [
+            functools.partial(self._pin, lanes)
+            for i in range(PINNERS)
+            if (lanes := new[i::PINNERS])
+        ]
+        if new:
+            targets.append(make_room)
         targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         notes = []
@@ -175,17 +180,20 @@ class _Restore:
     def _decode_all(self, lane: Lane, home: int, stop: threading.Event) -> None:
         """Carries out reads of compressed data, for GPU `home` first."""
         near(home)
+        copies = Copies(self._ring.streams, home)
         try:
             if not self._opened(lane, home):
                 return
-            copies = Copies(self._ring.streams, home)
             for read in _todo(self._decoded, home):
                 if stop.is_set():
                     break
                 self._decode(read, lane, copies)
         finally:
-            lane.drain()
-            self._decoding.discard(lane)
+            try:
+                copies.release()  # what an error has left
+            finally:
+                lane.drain()
+                self._decoding.discard(lane)
 
     def _wait(self, stop: threading.Event) -> None:
         """Returns when the plan is made; it is empty if that failed."""
@@ -196,9 +204,6 @@ class _Restore:
         """Carries out raw reads, for GPU `home` first."""
         near(home)
         copies = Copies(self._ring.streams, home)
-        if wanted():
-            with suppress(cuda.CudaError, OSError):  # a decoder finds it again, and notes it
-                kernels(home)
         self._wait(stop)
         if not (self._raw or self._frames):
             return
@@ -230,25 +235,13 @@ class _Restore:
                 else:
                     closed.callback(decoder.close)
                     parts = merged(decoder.parts(), parts)
-            copier = Copier(self._files, more)
+            copier = Copier(self._files, copies, more)
             copier.run(parts, stop)
             if decoder is not None:
                 decoder.rest()
                 self._left += decoder.left
                 self._decoders.append(decoder)
         self._slow = copier.slow or self._slow
-
-    def _for_the_cpu(self, reads: Sequence[Read]) -> list[Read]:
-        """The reads that no GPU is to decode."""
-        if not wanted():
-            return list(reads)
-        left = []
-        for read in reads:
-            if (found := frame(read)) is None:
-                left.append(read)
-            else:
-                self._frames[self._ordinals[found.destination]].append(found)
-        return left
 
     def _decode(self, read: Read, lane: Lane, copies: Copies) -> None:
         """What is compressed, or held inline by the metadata."""
@@ -260,6 +253,7 @@ class _Restore:
                     with traced("read"):
                         fill(decoded, slot.view[: segment.nbytes], read)
                     scatter(segment, slot, 0, copies, self._buffers, self._ordinals)
+                    copies.release()
                     self._arrived(segment.nbytes)
                     continue
                 ordinal = self._ordinals[whole.destination]
@@ -271,6 +265,7 @@ class _Restore:
                     dst = self._buffers[whole.destination].pointer + whole.dst_offset
                     with traced("copy"):
                         copies.copy(slot, 0, dst + done, nbytes, ordinal)
+                    copies.release()
                     self._arrived(nbytes)
 
 

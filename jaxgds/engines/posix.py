@@ -17,6 +17,7 @@ from jaxgds.workers import reading
 
 # What O_DIRECT demands of offset, length and memory on every file system in use.
 BLOCK = 4096
+STRETCH = 16 << 20
 
 
 type Way = tuple[int, int, int, int]  # descriptor, at, offset, bytes: see DirectFile.way
@@ -48,6 +49,7 @@ class DirectFile:
         self._direct: int | None = None
         # Fail where the page cache lacks the data; 0 where the file system cannot tell.
         self._flags = os.RWF_NOWAIT
+        self._cached = -1  # the stretch where a page was found last
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -72,17 +74,19 @@ class DirectFile:
         """Whether the page cache has one page of a range; True where the file system cannot tell.
 
         Any page, for to ask for one has the kernel fetch it: the next restore is not to find
-        exactly those that this one asked for.
+        exactly those that this one asked for. What follows a page is taken to be there, too.
         """
-        if not self._flags:
+        if not self._flags or offset // STRETCH == self._cached:
             return True
         byte = ctypes.c_char()
         try:
             at = offset + random.randrange(nbytes)
-            return _read_now(self._fd, ctypes.addressof(byte), 1, at) is not None
+            found = _read_now(self._fd, ctypes.addressof(byte), 1, at) is not None
         except OSError:
             self._flags = 0
             return True
+        self._cached = offset // STRETCH if found else -1
+        return found
 
     def read_now(self, offset: int, nbytes: int, pointer: int) -> bool:
         """Copies a range to where `read` would, if that takes no waiting; whether it did."""

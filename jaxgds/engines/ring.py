@@ -25,6 +25,8 @@ AHEAD = 1  # how many others each of their threads finds when it has carried one
 # What is read at once: 1, 2, 4 MiB gave 31..36, 40..42, 34..36 GB/s (5 GB in memory, an H100).
 # With 2 MiB all that is under way is 64 MiB, much of it in the cores' caches until it is copied on.
 READ_BYTES = 2 << 20
+# Slots that become free together: to record an event, and to look at it, takes as long as a copy.
+RELEASED = 4
 PINNERS = 4  # threads
 SLOTS = 2
 # What is scattered in one piece: from memory, rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35
@@ -33,6 +35,20 @@ SLOT_BYTES = scatter.MAX_STAGED
 # A slot has room for a read that is widened to whole blocks at both ends.
 MARGIN = 2 * 4096
 MAX_PINNED = 512 << 20
+
+
+class Mark:
+    """What is queued on a stream up to here, by an event recorded there."""
+
+    __slots__ = ("done", "event")
+
+    def __init__(self, event: int):
+        self.event, self.done = event, False
+
+    def passed(self) -> bool:
+        """Whether all of it is done."""
+        self.done = self.done or cuda.done(self.event)
+        return self.done
 
 
 class Slot:
@@ -44,12 +60,12 @@ class Slot:
         self.pointer, self.view = pointer, view
         self.request = Request()  # reads into it
         self.events: dict[int, int] = {}  # GPU -> event
-        self.pending: list[int] = []  # events not waited for
+        self.pending: list[Mark] = []  # not waited for
 
     def copied(self) -> bool:
         """Whether its copies are done."""
         while self.pending:
-            if not cuda.done(self.pending[-1]):
+            if not self.pending[-1].passed():
                 return False
             self.pending.pop()
         return True
@@ -57,7 +73,9 @@ class Slot:
     def wait(self) -> None:
         """Returns when its copies are done."""
         while self.pending:
-            cuda.wait(self.pending.pop())
+            mark = self.pending.pop()
+            if not mark.done:
+                cuda.wait(mark.event)
 
 
 def wait_for(slots: Iterable[Slot]) -> None:
@@ -73,10 +91,15 @@ def wait_for(slots: Iterable[Slot]) -> None:
 
 
 class Copies:
-    """What one thread copies out of slots; it makes GPU `ordinal` current."""
+    """What one thread copies out of slots; it makes GPU `ordinal` current.
+
+    An event that is recorded for several slots is not recorded again before all of them are free,
+    for it belongs to one of them.
+    """
 
     def __init__(self, streams: "Streams", ordinal: int):
         self._streams, self._current = streams, -1
+        self._copied: dict[int, list[Slot]] = {}  # by GPU: not released yet
         self.stream(ordinal)
 
     def stream(self, ordinal: int) -> int:
@@ -87,23 +110,34 @@ class Copies:
         return self._streams.at(ordinal)
 
     def copy(self, slot: Slot, at: int, dst: int, nbytes: int, ordinal: int) -> None:
-        """Queues a copy from `slot`, and frees it once that is done."""
+        """Queues a copy from `slot`, which `release` is to free."""
         stream = self.stream(ordinal)
         cuda.submit("cuMemcpyHtoDAsync_v2", dst, slot.pointer + at, nbytes, stream)
-        self.release(slot, ordinal)
+        self.queued(slot, ordinal)
 
-    def release(self, slot: Slot, ordinal: int) -> None:
-        """Frees `slot` once all that is queued so far on the stream of GPU `ordinal` is done."""
-        stream = self._streams.at(ordinal)
-        try:
-            event = slot.events.get(ordinal)
-            if event is None:
-                event = slot.events[ordinal] = cuda.event()
-            cuda.submit("cuEventRecord", event, stream)
-        except cuda.CudaError:
-            cuda.call("cuStreamSynchronize", stream)
-            raise
-        slot.pending.append(event)
+    def queued(self, slot: Slot, ordinal: int) -> None:
+        """Has `slot` be freed with what is queued so far on the stream of GPU `ordinal`."""
+        slots = self._copied.setdefault(ordinal, [])
+        slots.append(slot)
+        if len(slots) == RELEASED:
+            self.release()
+
+    def release(self) -> None:
+        """Frees the slots that were copied from, once that is done: by one event on each GPU."""
+        for ordinal in list(self._copied):
+            slots = self._copied.pop(ordinal)
+            stream = self.stream(ordinal)
+            try:
+                event = slots[-1].events.get(ordinal)
+                if event is None:
+                    event = slots[-1].events[ordinal] = cuda.event()
+                cuda.submit("cuEventRecord", event, stream)
+            except cuda.CudaError:
+                cuda.call("cuStreamSynchronize", stream)
+                raise
+            mark = Mark(event)
+            for slot in slots:
+                slot.pending.append(mark)
 
 
 class Lane:

@@ -8,7 +8,7 @@
 //   link       gives every block its tables and its room in the pool        one thread
 //   sequences  decodes the sequences                                        a thread per block
 //   place      finds where in the output every block begins                 one thread
-//   literals   decodes the literals (or literals_near)                      four threads per block
+//   literals   decodes the literals                                         a CTA per block
 //   scatter    moves literals to their places between the matches           a CTA per block
 //   execute    copies the matches, in the frame's order                     one CTA
 //
@@ -24,10 +24,10 @@
 // The host must see to it that those words are readable, and that HEADROOM bytes in front of `piece`
 // are writable. What is staged must stay as it is until the kernels are done.
 //
-// zstd.ptx is compiled of this file: `make ptx`.
+// zstd.ptx and the machine code beside it are compiled of this file: `make ptx`.
 
 #ifndef MAX_BLOCKS
-#define MAX_BLOCKS 512u  // per piece
+#define MAX_BLOCKS 256u  // per piece
 #endif
 #ifndef MAX_SEQUENCES
 #define MAX_SEQUENCES (1u << 14)  // per piece; every block that has any takes one more
@@ -888,143 +888,124 @@ static __device__ u8* literals_of(Workspace* w, u32 number)
     return w->out + w->output_at[number] + (w->regenerated[number] - w->blocks[number].literals_size);
 }
 
-// NEAR: the table is in shared memory
-template <bool NEAR> static __device__ u32 lookup(const u16* table, u32 index)
+// A Huffman table in shared memory: of the code that the next 11 bits begin with its length, and the
+// symbol. Each in an array of its own, whatever the longest code: the bits become an address by one
+// instruction.
+struct Codes {
+    u8 lengths[HUFFMAN_ENTRIES];
+    u8 symbols[HUFFMAN_ENTRIES];
+};
+
+static __device__ u32 next_code(u64 window) { return (u32)(window >> 32) >> (32 - HUFFMAN_BITS); }
+
+static __device__ u8 decode_one(Bits* bits, const Codes* codes)
 {
-    return NEAR ? table[index] : __ldg(table + index);
+    const u32 index = next_code(peek(bits));
+    advance(bits, codes->lengths[index]);
+    return codes->symbols[index];
 }
 
-// Four symbols, of at most 11 bits each: they fit the window. A funnel shift takes the lowest five bits
-// of its third argument, so an entry does as it is.
-template <bool NEAR> static __device__ u32 decode_four(Bits* bits, const u16* table, u32 shift)
+// Four symbols, of at most 11 bits each: they fit the window, and 20 bits are left, so that `index`,
+// which is what comes next, is known before the window is full again.
+static __device__ u32 decode_four(Bits* bits, u32* index, const Codes* codes)
 {
     const u64 window = peek(bits);
     u32 high = (u32)(window >> 32), low = (u32)window;
     u32 symbols = 0, spent = 0;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-        const u32 entry = lookup<NEAR>(table, high >> shift);
-        high = __funnelshift_l(low, high, entry);
-        low = __funnelshift_l(0, low, entry);
-        spent += entry;
-        symbols |= entry >> 8 << (8 * i);
+        const u32 length = codes->lengths[*index];
+        symbols |= (u32)codes->symbols[*index] << (8 * i);
+        high = __funnelshift_l(low, high, length);
+        low <<= length;
+        spent += length;
+        *index = high >> (32 - HUFFMAN_BITS);
     }
-    advance(bits, spent & 255);
+    advance(bits, spent);
     return symbols;
 }
 
-template <bool NEAR> static __device__ u64 decode_eight(Bits* bits, const u16* table, u32 shift)
+static __device__ u64 decode_eight(Bits* bits, u32* index, const Codes* codes)
 {
-    const u64 symbols = decode_four<NEAR>(bits, table, shift);
-    return symbols | (u64)decode_four<NEAR>(bits, table, shift) << 32;
+    const u64 symbols = decode_four(bits, index, codes);
+    return symbols | (u64)decode_four(bits, index, codes) << 32;
 }
 
 // RFC 4.2.2: decodes a Huffman stream; false if it has more or fewer than `count` symbols. This is
 // where nearly all the time goes: a chain of dependent steps for every symbol. Bits from behind the
 // stream's beginning do no harm: only codes that end in time are accepted, and what follows a code
 // does not change it.
-template <bool NEAR>
-static __device__ bool decode_stream(const u16* table, u32 table_bits, const u8* begin, const u8* end, u8* to,
-                                     u32 count)
+static __device__ bool decode_stream(const Codes* codes, const u8* begin, const u8* end, u8* to, u32 count)
 {
     Bits bits;
     if (!start(&bits, begin, end)) return false;
-    const u32 shift = 32 - table_bits;
     const u32 total = count;
     u32 touched = 0;
-    while (true) {
-        if (((u64)to & 7) == 0) {
-            while (count >= 32 && bits.left >= 32 * HUFFMAN_BITS) {
-                // Brings what is needed four or more turns from now into the cache. A turn takes up to
-                // 44 bytes, and the cache is filled by 32.
-                const u32* far = (const u32*)(bits.next - bits.first > 28 ? bits.next - 28 : bits.first);
-                const u32* near = (const u32*)(bits.next - bits.first > 24 ? bits.next - 24 : bits.first);
-                const u32 far_word = __ldg(far);
-                const u32 near_word = __ldg(near);
-                u64* words = (u64*)to;
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) words[i] = decode_eight<NEAR>(&bits, table, shift);
-                to += 32;
-                count -= 32;
-                touched |= far_word | near_word;
-            }
-            while (count >= 8 && bits.left >= 8 * HUFFMAN_BITS) {
-                *(u64*)to = decode_eight<NEAR>(&bits, table, shift);
-                to += 8;
-                count -= 8;
-            }
-        }
-        if (count == 0) break;
-        const u32 entry = lookup<NEAR>(table, (u32)(peek(&bits) >> 32) >> shift);
-        advance(&bits, entry & 255);
-        if (bits.left < 0) return false;
-        *to++ = (u8)(entry >> 8);
-        count--;
+    // One loop after the other, for all threads of a warp: if one of them came back from a later loop
+    // to an earlier one, the others would wait for it, and streams be decoded one by one.
+    u32 head = smaller((u32)(0 - (u64)to) & 7, count);
+    count -= head;
+    for (; head; head--) *to++ = decode_one(&bits, codes);
+    u32 index = next_code(peek(&bits));
+    while (count >= 32 && bits.left >= 32 * HUFFMAN_BITS) {
+        // Brings what is needed four or more turns from now into the cache. A turn takes up to 44 bytes,
+        // and the cache is filled by 32.
+        const u32* far = (const u32*)(bits.next - bits.first > 28 ? bits.next - 28 : bits.first);
+        const u32* near = (const u32*)(bits.next - bits.first > 24 ? bits.next - 24 : bits.first);
+        const u32 far_word = __ldg(far);
+        const u32 near_word = __ldg(near);
+        u64* words = (u64*)to;
+#pragma unroll 2
+        for (u32 i = 0; i < 4; i++) words[i] = decode_eight(&bits, &index, codes);
+        to += 32;
+        count -= 32;
+        touched |= far_word | near_word;
     }
-    // No stream has that many symbols: the second half only keeps the compiler from leaving out the loads.
-    return bits.left == 0 && (total != ~0u || touched != 0);
-}
-
-static __device__ bool is_coded(const Block* block)  // by Huffman codes
-{
-    return block->literals_type == LITERALS_COMPRESSED || block->literals_type == LITERALS_TREELESS;
-}
-
-// A quarter of a block's literals: its lane-th stream, or a share of what is copied
-template <bool NEAR> static __device__ void decode_literals(Workspace* w, u32 number, u32 lane, const u16* table)
-{
-    const Block* block = &w->blocks[number];
-    const u32 size = block->literals_size;
-    const u8* from = block->source + block->stream_at[0];
-    u8* to = literals_of(w, number);
-    if (!is_coded(block)) {
-        if (w->sequence_count[number]) return;  // `scatter` takes them from the source
-        if (block->literals_type == LITERALS_RAW) copy(to, from, size, lane, 4);
-        else if (size) fill(to, *from, size, lane, 4);
-    } else if (lane < block->stream_count) {
-        const u32 part = block->stream_count == 1 ? size : (size + 3) / 4;
-        if (!decode_stream<NEAR>(table, w->huffman_bits[w->huffman_slot[number]],
-                                 block->source + block->stream_at[lane], block->source + block->stream_at[lane + 1],
-                                 to + lane * part, lane == 3 ? size - 3 * part : part))
-            fail(w, DAMAGED_STREAM);
+    while (count >= 8 && bits.left >= 8 * HUFFMAN_BITS) {
+        *(u64*)to = decode_eight(&bits, &index, codes);
+        to += 8;
+        count -= 8;
     }
+    for (; count && bits.left >= 0; count--) *to++ = decode_one(&bits, codes);
+    // No stream has that many symbols: the last part only keeps the compiler from leaving out the loads.
+    return count == 0 && bits.left == 0 && (total != ~0u || touched != 0);
 }
 
+// A CTA for a block, of which each Huffman stream is a thread's work.
 extern "C" __global__ void zstd_literals(Workspace* workspaces, const Order* orders)
 {
     Workspace* w = workspaces + blockIdx.y;
-    if (w->status.error != OK) return;
-    for (u32 index = blockIdx.x * blockDim.x + threadIdx.x; index < 4 * w->block_count;
-         index += gridDim.x * blockDim.x) {
-        const u32 slot = smaller(w->huffman_slot[index / 4], KEPT);  // NONE where it is not used
-        decode_literals<false>(w, index / 4, index % 4, w->huffman[slot]);
-    }
-}
-
-// The same, with the tables in shared memory: in place of `zstd_literals`. A CTA has 4 to 32 threads,
-// a multiple of 4; more have nothing to do.
-enum { NEAR_TABLES = 8 };
-extern "C" __global__ void zstd_literals_near(Workspace* workspaces, const Order* orders)
-{
-    Workspace* w = workspaces + blockIdx.y;
-    alignas(16) __shared__ u16 tables[NEAR_TABLES][HUFFMAN_ENTRIES];
+    __shared__ Codes codes;
     const bool failed = w->status.error != OK;
     __syncthreads();  // nobody sets an error before all have looked
+    if (failed) return;
     const u32 block_count = w->block_count;
-    const u32 groups = smaller(blockDim.x / 4, NEAR_TABLES);
-    if (failed || groups == 0) return;
-    const u32 group = threadIdx.x / 4, lane = threadIdx.x % 4;
-    for (u32 first = blockIdx.x * groups; first < block_count; first += gridDim.x * groups) {
-        const u32 number = first + group;
-        const bool busy = group < groups && number < block_count;
-        if (busy && is_coded(&w->blocks[number])) {
-            const u32 slot = w->huffman_slot[number];
-            const u32 bytes = 2u << w->huffman_bits[slot];
-            copy((u8*)tables[group], (const u8*)w->huffman[slot], bytes, lane, 4);
+    for (u32 number = blockIdx.x; number < block_count; number += gridDim.x) {
+        const Block* block = &w->blocks[number];
+        const u32 size = block->literals_size;
+        u8* to = literals_of(w, number);
+        if (block->literals_type == LITERALS_RAW || block->literals_type == LITERALS_RLE) {
+            const u8* from = block->source + block->stream_at[0];
+            if (w->sequence_count[number]) continue;  // `scatter` takes them from the source
+            if (block->literals_type == LITERALS_RAW) copy(to, from, size, threadIdx.x, blockDim.x);
+            else if (size) fill(to, *from, size, threadIdx.x, blockDim.x);
+            continue;
+        }
+        const u32 slot = w->huffman_slot[number];
+        const u32 shorter = HUFFMAN_BITS - w->huffman_bits[slot];
+        __syncthreads();  // until here others may be decoding the block before
+#pragma unroll 8
+        for (u32 i = threadIdx.x; i < HUFFMAN_ENTRIES; i += blockDim.x) {
+            const u32 entry = w->huffman[slot][i >> shorter];
+            codes.lengths[i] = (u8)entry;
+            codes.symbols[i] = (u8)(entry >> 8);
         }
         __syncthreads();
-        if (busy) decode_literals<true>(w, number, lane, tables[group]);
-        __syncthreads();
+        const u32 part = block->stream_count == 1 ? size : (size + 3) / 4;
+        for (u32 i = threadIdx.x; i < block->stream_count; i += blockDim.x)
+            if (!decode_stream(&codes, block->source + block->stream_at[i], block->source + block->stream_at[i + 1],
+                               to + i * part, i == 3 ? size - 3 * part : part))
+                fail(w, DAMAGED_STREAM);
     }
 }
 

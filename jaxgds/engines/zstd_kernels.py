@@ -3,8 +3,11 @@
 import ctypes
 import functools
 import re
+from contextlib import suppress
 from ctypes import c_uint32, c_uint64
 from importlib import resources
+
+import zstandard
 
 from jaxgds.engines import cuda
 
@@ -16,8 +19,8 @@ _KERNELS = (
     ("zstd_link", 1, 1),
     ("zstd_sequences", 64, 4),
     ("zstd_place", 1, 1),
-    ("zstd_literals", 128, 8),
-    ("zstd_scatter", 64, 128),
+    ("zstd_literals", 128, 32),
+    ("zstd_scatter", 128, 512),
     ("zstd_execute", 1, 128),
 )
 FIRST, LAST = 1, 2  # of Order.flags: a frame's first piece, its last one
@@ -66,15 +69,18 @@ def reason(status: Status) -> str:
     return "a checksum" if status.has_checksum else "more or less than one frame"
 
 
+_FOLDER = resources.files("jaxgds.engines")
+
+
 @functools.cache
-def _module() -> bytes:
-    return resources.files("jaxgds.engines").joinpath("zstd.ptx").read_bytes() + b"\0"
+def _ptx() -> bytes:
+    return _FOLDER.joinpath("zstd.ptx").read_bytes() + b"\0"
 
 
 @functools.cache
 def workspace_nbytes() -> int:
     """Bytes of a lane's state in zstd.cu."""
-    found = re.search(rb"workspace_bytes = (\d+)", _module())
+    found = re.search(rb"workspace_bytes = (\d+)", _ptx())
     assert found
     return int(found[1])
 
@@ -83,12 +89,16 @@ def workspace_nbytes() -> int:
 def kernels(ordinal: int) -> list[int]:
     """The functions of zstd.cu on GPU `ordinal`, which is current.
 
-    The first time on a machine the driver compiles them, and keeps that on disk.
-
     Raises:
       CudaError: the driver does not take them.
     """
-    return cuda.functions(_module(), [name for name, _, _ in _KERNELS])
+    names = [name for name, _, _ in _KERNELS]
+    code = _FOLDER.joinpath(f"zstd_sm_{cuda.compute_capability(ordinal)[0]}0.cubin.zst")
+    # None for newer GPUs, and an older driver may not take it. PTX the driver compiles, which takes
+    # half a second the first time on a machine.
+    with suppress(FileNotFoundError, cuda.CudaError):
+        return cuda.functions(zstandard.decompress(code.read_bytes()), names)
+    return cuda.functions(_ptx(), names)
 
 
 def launch(ordinal: int, lanes: int, stream: int, workspaces: int, orders: int) -> None:

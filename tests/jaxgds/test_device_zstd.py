@@ -305,11 +305,30 @@ def test_the_environment_variable(tmp_path, monkeypatch):
     chunks = [weights(700_000)]
     array = frames(tmp_path, chunks)
     monkeypatch.setenv("JAXGDS_ZSTD", "both")
-    with pytest.raises(ValueError, match="JAXGDS_ZSTD='both': expected cpu or gpu"):
+    with pytest.raises(ValueError, match="JAXGDS_ZSTD='both': expected auto, cpu or gpu"):
         restored(array, one(), PinnedEngine())
-    for text in ("cpu", ""):
+    for text in ("cpu", "", "auto"):  # these are few bytes
         monkeypatch.setenv("JAXGDS_ZSTD", text)
         assert_restored(array, chunks, "")
+
+
+def test_without_the_environment_variable(tmp_path, monkeypatch):
+    """A GPU decodes what is worth it."""
+    monkeypatch.delenv("JAXGDS_ZSTD")
+    chunks = [weights(700_000, i) for i in range(3)]
+    array = frames(tmp_path, chunks)
+    for least, note in [(2_100_001, ""), (2_100_000, "3 zstd frames decoded on GPUs")]:
+        monkeypatch.setattr(device_zstd, "MIN_TOTAL", least)
+        assert_restored(array, chunks, note)
+
+
+def test_a_gpu_without_machine_code(tmp_path, monkeypatch):
+    """The driver compiles PTX for it."""
+    monkeypatch.setattr(cuda, "compute_capability", lambda ordinal: (99, 0))
+    zstd_kernels.kernels.cache_clear()
+    chunks = [weights(700_000)]
+    assert_restored(frames(tmp_path, chunks), chunks, "1 zstd frames decoded on GPUs")
+    zstd_kernels.kernels.cache_clear()
 
 
 @settings(

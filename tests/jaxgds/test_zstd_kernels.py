@@ -221,10 +221,10 @@ def test_threads_at_the_same_time(build, sanitized):
             frames.append((frame, data))
     cases = []
     for frame, data in frames:
-        near, lanes, reverse = rng.randrange(2), rng.randrange(4), rng.randrange(2)
+        lanes, reverse = rng.randrange(4), rng.randrange(2)
         blocks, more = rng.choice([0, 1, 1, 2]), rng.choice([1, 2, 5])
         shape = blocks | rng.randrange(4) << 2 | reverse << 4 | 1 << 5
-        shape |= more << 6 | near << 10 | lanes << 11
+        shape |= more << 6 | lanes << 11
         case = varied(frame, len(data), rng, most=2)
         cases.append(case._replace(shape=shape, out_at=rng.choice([0, 0, 3])))
     datas = [data for _, data in frames]

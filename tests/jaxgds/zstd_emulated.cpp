@@ -46,7 +46,7 @@ static const struct {
 } KERNELS[] = {
     {"zstd_walk", zstd_walk, true},          {"zstd_parse", zstd_parse, false},
     {"zstd_link", zstd_link, false},         {"zstd_sequences", zstd_sequences, false},
-    {"zstd_place", zstd_place, false},       {"zstd_literals", zstd_literals, false},
+    {"zstd_place", zstd_place, false},       {"zstd_literals", zstd_literals, true},
     {"zstd_scatter", zstd_scatter, true},    {"zstd_execute", zstd_execute, true},
 };
 
@@ -131,7 +131,7 @@ struct Launch {
 };
 
 // One piece. Bits of `shape`: 0-1 blocks, 2-3 threads, 4 reversed, 5 two threads at a time, 6-9 threads
-// that wait for each other, 10 literals_near in place of literals; 11 and 12 are for main().
+// that wait for each other; 11 and 12 are for main().
 static void decode_piece(Workspace* workspaces, const Order* orders, unsigned lanes, u32 shape)
 {
     static const unsigned counts_of_blocks[] = {1, 3, 8, 40}, counts_of_threads[] = {1, 4, 7, 32};
@@ -143,8 +143,7 @@ static void decode_piece(Workspace* workspaces, const Order* orders, unsigned la
     launch.each(zstd_link, 1, threads);
     launch.each(zstd_sequences, blocks, threads);
     launch.each(zstd_place, 1, threads);
-    if (shape >> 10 & 1) launch.together(zstd_literals_near, 1 + blocks % 3, 4 * (1 + waiting % 8));
-    else launch.each(zstd_literals, blocks, threads);
+    launch.together(zstd_literals, blocks, waiting);
     launch.together(zstd_scatter, blocks, waiting);
     launch.together(zstd_execute, 2, waiting);
 }
