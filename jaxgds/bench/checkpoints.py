@@ -10,6 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxgds.output import check_space
+from jaxgds.prepare import prepare
+from jaxgds.rules import Mesh, Rule, Rules
+from jaxgds.sources import Model, Tensor, tree_keys
 
 
 SHAPE = (8192, 8192)  # one weight matrix: 128 MiB of bf16
@@ -18,6 +21,8 @@ MANY = 1000  # arrays of the last, each cut by rows
 
 ORBAX = ("orbax-raw", "orbax-zstd", "orbax-columns", "orbax-many")
 FORMATS = (*ORBAX, "safetensors")
+# As `jaxgds prepare` writes them, for that many devices of a mesh; measured when asked for.
+PREPARED = {"prepared-tp1": 1, "prepared-tp2": 2}
 
 
 def make(folder: str, formats: tuple[str, ...], nbytes: int) -> dict[str, str]:
@@ -63,6 +68,16 @@ def _cut(whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {f"array_{i:04d}": rows[i * each : (i + 1) * each] for i in range(MANY)}
 
 
+def _prepare(path: str, found: dict[str, np.ndarray], devices: int) -> None:
+    tensors = tuple(
+        Tensor(tree_keys(name), x.shape, x.dtype, lambda box, x=x: x[tuple(slice(*s) for s in box)])
+        for name, x in found.items()
+    )
+    model = Model("random", "random numbers", tensors, {}, None, {}, {})
+    by_rows = Rules("by rows", (Rule(("*",), (("tp",), ())),))
+    prepare(model, path, mesh=Mesh({"tp": devices}), rules=by_rows)
+
+
 def _write(name: str, path: str, count: int) -> None:
     if name == "safetensors":
         from safetensors.numpy import save_file
@@ -71,11 +86,14 @@ def _write(name: str, path: str, count: int) -> None:
         save_file(weights(count), os.path.join(path + ".tmp", "model.safetensors"))
         shutil.move(path + ".tmp", path)
         return
+    if name in PREPARED:
+        _prepare(path, weights(count), PREPARED[name])
+        return
     import jax
     import orbax.checkpoint as ocp
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
 
-    mesh = Mesh(np.array(jax.devices()), ("x",))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
     specs = {"orbax-columns": PartitionSpec(None, "x"), "orbax-many": PartitionSpec("x")}
     where = NamedSharding(mesh, specs[name]) if name in specs else jax.devices()[0]
     found = weights(count)

@@ -11,7 +11,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from jaxgds.bench.checkpoints import FORMATS
+from jaxgds.bench.checkpoints import FORMATS, PREPARED
 from jaxgds.show import PLOT, numbers, positive, say, show, show_bench, stopped_by_sigterm
 
 
@@ -48,7 +48,11 @@ def _add_restore(commands) -> None:
         help="of each checkpoint (default: %(default)s)",
     )
     restore.add_argument(
-        "--formats", type=_words, default=FORMATS, help="comma-separated, of " + ", ".join(FORMATS)
+        "--formats",
+        type=_words,
+        default=FORMATS,
+        help=f"comma-separated, of {', '.join(FORMATS)} (the default) and {', '.join(PREPARED)} "
+        "(written by jaxgds prepare, for one device and for two)",
     )
     restore.add_argument(
         "--repeat",
@@ -63,8 +67,8 @@ def _add_restore(commands) -> None:
 def _restore(args: argparse.Namespace) -> int:
     from jaxgds.bench import restore
 
-    if unknown := set(args.formats) - set(FORMATS):
-        raise ValueError(f"--formats: {sorted(unknown)} are not among {FORMATS}")
+    if unknown := set(args.formats) - {*FORMATS, *PREPARED}:
+        raise ValueError(f"--formats: {sorted(unknown)} are not among {(*FORMATS, *PREPARED)}")
     size = int(args.size * 1e9)
     run = partial(
         restore.run, os.path.abspath(args.dir), args.formats, size, args.repeat, args.cold

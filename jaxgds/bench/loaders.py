@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from jaxgds.bench.checkpoints import PREPARED, SHAPE
+
 
 def main(loader: str, path: str, repeat: int) -> None:
     prepare = LOADERS[loader]
@@ -106,6 +108,20 @@ def _jaxgds_cpu_decodes(path: str) -> tuple[Callable, Callable]:
     return _jaxgds_orbax(path)
 
 
+def _jaxgds_prepared(path: str) -> tuple[Callable, Callable]:
+    jax = _jax()
+    import ml_dtypes
+
+    import jaxgds
+
+    name, _, count = os.path.basename(path).rpartition("-")
+    mesh = jax.make_mesh((PREPARED[name],), ("tp",), devices=jax.devices()[: PREPARED[name]])
+    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tp"))
+    array = jax.ShapeDtypeStruct(SHAPE, ml_dtypes.bfloat16, sharding=by_rows)
+    target = {f"layer_{i:03d}": array for i in range(int(count))}
+    return lambda: jaxgds.load(path, target, strict=True), _ready
+
+
 def _jaxgds_safetensors(path: str) -> tuple[Callable, Callable]:
     _jax()
     import jaxgds
@@ -174,6 +190,7 @@ def _safetensors_torch(path: str) -> tuple[Callable, Callable]:
 LOADERS: dict[str, Callable[[str], tuple[Callable, Callable]]] = {
     "jaxgds": _jaxgds_orbax,
     "jaxgds (CPU decodes)": _jaxgds_cpu_decodes,
+    "jaxgds (prepared)": _jaxgds_prepared,
     "orbax": _orbax,
     "jaxgds (safetensors)": _jaxgds_safetensors,
     "safetensors.flax": _safetensors_flax,
@@ -193,14 +210,14 @@ def _breakdown(loader: str) -> dict[str, Any]:
 
 
 def _device_extra(loader: str, nbytes: int) -> int | None:
-    """Peak of JAX's device memory beyond the result; None where nothing counts it."""
+    """Peak of JAX's memory on all devices beyond the result; None where nothing counts it."""
     if "torch" in loader or loader in ("instanttensor", "fastsafetensors"):
         return None
     import jax
 
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    return None if peak is None else max(0, peak - nbytes)
+    stats = [device.memory_stats() or {} for device in jax.devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(0, sum(peaks) - nbytes) if peaks else None
 
 
 def _resident() -> int:

@@ -29,14 +29,17 @@ GPU_ONLY = ("jaxgds (CPU decodes)", "instanttensor", "fastsafetensors", "safeten
 FORMATS_OF = {
     "jaxgds": checkpoints.ORBAX,
     "jaxgds (CPU decodes)": ("orbax-zstd",),
+    "jaxgds (prepared)": tuple(checkpoints.PREPARED),
     "orbax": checkpoints.ORBAX,
 }
 
 
-def cases(formats: Sequence[str], gpu: bool) -> list[tuple[str, str]]:
+def cases(formats: Sequence[str], gpu: bool, devices: int) -> list[tuple[str, str]]:
     """(loader, format) pairs that this machine can run."""
     pairs = []
     for name in formats:
+        if checkpoints.PREPARED.get(name, 1) > devices:
+            continue
         for loader in LOADERS:
             if name not in FORMATS_OF.get(loader, ("safetensors",)):
                 continue
@@ -83,7 +86,7 @@ def run(
         limits["direct_read"] = None
     results = []
     found = {"machine": machine, "cold": cold, "ceilings": limits, "results": results}
-    for loader, name in cases(formats, gpu):
+    for loader, name in cases(formats, gpu, machine["devices"]):
         files = _files(paths[name])
         left = cached = direct = None
         if cold:
@@ -142,7 +145,7 @@ def _files(path: str) -> list[str]:
 
 
 def _machine() -> dict[str, Any]:
-    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"
+    code = "import jax; d = jax.devices(); print(d[0].platform, d[0].device_kind, len(d), sep='|')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kind = done.stdout.strip().splitlines()[-1].split("|")
     versions = {}
@@ -154,6 +157,7 @@ def _machine() -> dict[str, Any]:
     return {
         "device_platform": kind[0],
         "device": kind[1],
+        "devices": int(kind[2]),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": versions,
