@@ -117,6 +117,7 @@ def _jaxgds_prepared(path: str) -> tuple[Callable, Callable]:
     name, _, count = os.path.basename(path).rpartition("-")
     mesh = jax.make_mesh((PREPARED[name],), ("tp",), devices=jax.devices()[: PREPARED[name]])
     by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tp"))
+    jax.block_until_ready(jax.device_put(jax.numpy.zeros(8), by_rows))  # on every device
     array = jax.ShapeDtypeStruct(SHAPE, ml_dtypes.bfloat16, sharding=by_rows)
     target = {f"layer_{i:03d}": array for i in range(int(count))}
     return lambda: jaxgds.load(path, target, strict=True), _ready

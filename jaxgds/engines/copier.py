@@ -1,4 +1,4 @@
-"""The reads of one GPU, all on one Python thread: files -> pinned slots -> the device.
+"""The reads of one GPU or several, all on one Python thread: files -> pinned slots -> the devices.
 
 The thread only begins reads and copies and looks whether they are done, so that it rarely
 waits for the interpreter lock, whatever else the process does.
@@ -15,7 +15,7 @@ from jaxgds.engines.aio import Descriptor, Request
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.parts import Part, Parts
 from jaxgds.engines.posix import BLOCK, DirectFile, Way
-from jaxgds.engines.ring import AHEAD, READS, Copies, Slot, wait_for
+from jaxgds.engines.ring import AHEAD, Copies, Slot, wait_for
 from jaxgds.progress import traced
 from jaxgds.workers import waits, waits_no_more
 
@@ -31,6 +31,7 @@ class Copier:
     Args:
       copies: what the parts queue with.
       more: gives slots that are for this thread from now on; None if there will be no others.
+      reads: how many at once.
 
     Attributes:
       slow: why a read could not be begun, and was waited for instead; None if there was none.
@@ -41,12 +42,13 @@ class Copier:
         files: OpenFiles[DirectFile],
         copies: Copies,
         more: Callable[[], Sequence[Slot] | None],
+        reads: int,
     ):
         self._files, self._copies = files, copies
         self._more, self._free = more, deque[Slot]()
         self._reading: list[tuple[Slot, Part]] = []
         self._copying: deque[Slot] = deque()  # one stream: the first ends first
-        self._descriptors = [Descriptor() for _ in range(READS)]
+        self._descriptors = [Descriptor() for _ in range(reads)]
         self._next: tuple[Part, DirectFile, Way] | None = None  # that waits for one of these
         self.slow: OSError | None = None
 

@@ -140,6 +140,7 @@ def _queueing() -> dict[str, Callable[..., int]]:
     driver()
     lib = ctypes.PyDLL("libcuda.so.1")  # functions of a PyDLL keep the interpreter lock
     names = (
+        "cuCtxSetCurrent",
         "cuMemcpyHtoDAsync_v2",
         "cuMemcpyDtoDAsync_v2",
         "cuMemcpy3DAsync_v2",
@@ -198,7 +199,7 @@ def compute_capability(ordinal: int) -> tuple[int, int]:
 
 def use(ordinal: int) -> None:
     """Makes GPU `ordinal` current for the calling thread."""
-    call("cuCtxSetCurrent", context(ordinal))
+    submit("cuCtxSetCurrent", context(ordinal))
 
 
 @contextlib.contextmanager

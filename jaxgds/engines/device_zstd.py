@@ -27,7 +27,7 @@ from jaxgds.engines.host import direct
 from jaxgds.engines.parts import Parts, cut
 from jaxgds.engines.pinned_memory import Pinned
 from jaxgds.engines.posix import DirectFile
-from jaxgds.engines.ring import READ_BYTES, Copies, Slot
+from jaxgds.engines.ring import Copies, Slot
 from jaxgds.engines.zstd_kernels import (
     FIRST,
     LAST,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 
 PIECE = 8 << 20
+_AT_ONCE = 8 << 18  # a quarter of it is read at once
 # Of a group, and groups: with such pieces 228 MB of device memory. Three groups gave 34 GB/s and
 # not 45 (10 GB in memory, an H200).
 LANES, GROUPS = 5, 4
@@ -270,7 +271,7 @@ class Decoder:
         nbytes = min(PIECE, source.nbytes - lane.done)
         order.piece, order.nbytes = lane.pointer, nbytes
         order.flags = FIRST * (not lane.done) + LAST * (lane.done + nbytes == source.nbytes)
-        group.parts += -(-nbytes // READ_BYTES)
+        group.parts += -(-nbytes // _AT_ONCE)
         part = Extent(source.file, source.offset + lane.done, nbytes)
         lane.done += nbytes
 
@@ -279,7 +280,7 @@ class Decoder:
             group.parts -= 1
             self._launch_if_staged(group)
 
-        yield from cut(frame.read, part, READ_BYTES, self._files, staged)
+        yield from cut(frame.read, part, _AT_ONCE, self._files, staged)
 
     def _launch_if_staged(self, group: _Group) -> None:
         if group.parts or not group.full:

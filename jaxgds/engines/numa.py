@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from ctypes import c_char, c_int
 
 from jaxgds.engines import cuda
@@ -16,6 +18,14 @@ def near(ordinal: int) -> None:
     cpus = near_cpus(ordinal)
     if cpus:
         os.sched_setaffinity(0, cpus)
+
+
+def by_node(ordinals: Sequence[int]) -> list[list[int]]:
+    """The GPUs that are near the same CPUs; all of them where there is one node, or none known."""
+    groups: dict[frozenset[int], list[int]] = defaultdict(list)
+    for ordinal in ordinals:
+        groups[frozenset(near_cpus(ordinal) or ())].append(ordinal)
+    return list(groups.values())
 
 
 def numa_node(ordinal: int) -> int | None:

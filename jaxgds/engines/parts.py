@@ -1,6 +1,6 @@
 """What one slot of pinned memory takes of a read, and where it goes from there."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from jaxgds.engines.aio import Descriptor
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import DirectFile
-from jaxgds.engines.ring import READ_BYTES, SLOT_BYTES, Copies, Slot
+from jaxgds.engines.ring import SLOT_BYTES, Copies, Slot
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -71,8 +71,9 @@ def raw_parts(
     buffers: Sequence["Buffer"],
     ordinals: Sequence[int],
     arrived: Arrived,
+    at_once: int,
 ) -> Parts:
-    """Parts of raw reads, which go straight to their destinations."""
+    """Parts of raw reads, which go straight to their destinations, of `at_once` bytes each."""
 
     def whole(piece: Piece, done: int, nbytes: int, slot: Slot, at: int) -> None:
         # Asked for as late as possible: it may still be being allocated.
@@ -92,7 +93,27 @@ def raw_parts(
         if piece is None:
             yield from cut(read, source, SLOT_BYTES, files, partial(scattered, segment))
         else:
-            yield from cut(read, source, READ_BYTES, files, partial(whole, piece))
+            yield from cut(read, source, at_once, files, partial(whole, piece))
+
+
+def in_turns(several: Sequence[Parts]) -> Parts:
+    """One part of each after the other; None while none of them has one."""
+    waiting, without = deque(several), 0
+    try:
+        while waiting:
+            try:
+                found = next(waiting[0])
+            except StopIteration:
+                waiting.popleft()
+                continue
+            waiting.rotate(-1)
+            without = without + 1 if found is None else 0
+            if found is not None or without >= len(waiting):
+                yield found
+                without = 0
+    finally:
+        for parts in several:
+            parts.close()
 
 
 def merged(first: Parts, second: Parts) -> Parts:

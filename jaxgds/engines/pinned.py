@@ -5,7 +5,7 @@ import io
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,20 @@ from jaxgds.engines.copier import Copier
 from jaxgds.engines.device_zstd import Decoder, Frame, for_gpus
 from jaxgds.engines.files import OpenFiles, make_room
 from jaxgds.engines.host import direct, fill, opened, plain_files
-from jaxgds.engines.numa import near
-from jaxgds.engines.parts import merged, raw_parts, scatter
+from jaxgds.engines.numa import by_node, near
+from jaxgds.engines.parts import Parts, in_turns, merged, raw_parts, scatter
 from jaxgds.engines.posix import DirectFile, direct_files
-from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot
+from jaxgds.engines.ring import (
+    COPIERS_PER_GPU,
+    PINNERS,
+    READ_BYTES,
+    READ_BYTES_FOR_SEVERAL,
+    READS,
+    Copies,
+    Lane,
+    Ring,
+    Slot,
+)
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
@@ -63,8 +73,9 @@ def _process_ring() -> Ring:
 class _Restore:
     """One call of `read`.
 
-    Each GPU has one thread for what is raw, each lane one for what is compressed. A lane's slots
-    are the copier's once the lane is pinned and has nothing to decode.
+    What is raw is one thread's work for all GPUs on a NUMA node: several would wait for each other,
+    to have the interpreter. Each lane has one for what is compressed. A lane's slots are the
+    copier's once the lane is pinned and has nothing to decode.
     """
 
     def __init__(
@@ -124,7 +135,7 @@ class _Restore:
         ]
         if new:
             targets.append(make_room)
-        targets += [functools.partial(self._copy, gpu) for gpu in self._gpus]
+        targets += [functools.partial(self._copy, gpus) for gpus in by_node(self._gpus)]
         run_threads(targets, meanwhile=share_out, left_behind=self._ring.abandon)
         notes = []
         if decoded := sum(decoder.decoded for decoder in self._decoders):
@@ -151,7 +162,7 @@ class _Restore:
         run_threads(again, left_behind=self._ring.abandon)
         if not self._unpinned:
             return ""
-        again = [functools.partial(self._copy, gpu) for gpu in self._gpus]
+        again = [functools.partial(self._copy, gpus) for gpus in by_node(self._gpus)]
         run_threads(again, left_behind=self._ring.abandon)
         why = next(iter(self._unpinned.values()))
         unread = itertools.chain(*self._raw.values(), *self._decoded.values())
@@ -200,14 +211,14 @@ class _Restore:
         while not (self._planned.wait(0.1) or stop.is_set()):
             pass
 
-    def _copy(self, home: int, stop: threading.Event) -> None:
-        """Carries out raw reads, for GPU `home` first."""
-        near(home)
-        copies = Copies(self._ring.streams, home)
+    def _copy(self, gpus: Sequence[int], stop: threading.Event) -> None:
+        """Carries out raw reads for some GPUs, and then of others that no thread has begun."""
+        near(gpus[0])
+        copies = Copies(self._ring.streams, gpus[0])
         self._wait(stop)
         if not (self._raw or self._frames):
             return
-        waiting = [lane for lane, its_home in self._copying if its_home == home]
+        waiting = [lane for lane, home in self._copying if home in gpus]
 
         def more() -> list[Slot] | None:
             if not waiting:
@@ -219,29 +230,40 @@ class _Restore:
                     slots += lane.slots
             return slots
 
+        def raw(reads: Iterable[Read]) -> Parts:
+            at_once = READ_BYTES if len(self._gpus) == 1 else READ_BYTES_FOR_SEVERAL
+            to = self._files, self._buffers, self._ordinals, self._arrived
+            return raw_parts(reads, copies, *to, at_once)
+
         with ExitStack() as closed:
-            todo = _todo(self._raw, home)
-            parts = raw_parts(
-                todo, copies, self._files, self._buffers, self._ordinals, self._arrived
-            )
-            decoder = None
-            if frames := self._frames.pop(home, None):
-                try:
-                    decoder = Decoder(
-                        home, frames, copies, self._files, self._buffers, self._arrived
-                    )
-                except (cuda.CudaError, OSError) as e:
-                    self._left += [(frame.read, str(e)) for frame in frames]
-                else:
+            decoders, own = [], []
+            for gpu in gpus:
+                parts = raw(self._raw.get(gpu, ()))
+                if decoder := self._decoder(gpu, copies):
                     closed.callback(decoder.close)
+                    decoders.append(decoder)
                     parts = merged(decoder.parts(), parts)
-            copier = Copier(self._files, copies, more)
-            copier.run(parts, stop)
-            if decoder is not None:
+                own.append(parts)
+            others = (reads for gpu, reads in self._raw.items() if gpu not in gpus)
+            copier = Copier(self._files, copies, more, READS * len(gpus))
+            copier.run(merged(in_turns(own), raw(itertools.chain.from_iterable(others))), stop)
+            for decoder in decoders:
                 decoder.rest()
                 self._left += decoder.left
-                self._decoders.append(decoder)
+            self._decoders += decoders
         self._slow = copier.slow or self._slow
+
+    def _decoder(self, gpu: int, copies: Copies) -> Decoder | None:
+        """For the frames that a GPU is to decode, if it can."""
+        frames = self._frames.pop(gpu, None)
+        if not frames:
+            return None
+        copies.stream(gpu)  # it is current now
+        try:
+            return Decoder(gpu, frames, copies, self._files, self._buffers, self._arrived)
+        except (cuda.CudaError, OSError) as e:
+            self._left += [(frame.read, str(e)) for frame in frames]
+            return None
 
     def _decode(self, read: Read, lane: Lane, copies: Copies) -> None:
         """What is compressed, or held inline by the metadata."""

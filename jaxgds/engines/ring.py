@@ -6,7 +6,7 @@ again only when its copies are done.
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxgds import scatter
 from jaxgds.engines import cuda
@@ -22,11 +22,14 @@ THREADS_PER_GPU = 32
 COPIERS_PER_GPU = 16
 READS = 14
 AHEAD = 1  # how many others each of their threads finds when it has carried one out
-# What is read at once: 1, 2, 4 MiB gave 31..36, 40..42, 34..36 GB/s (5 GB in memory, an H100).
-# With 2 MiB all that is under way is 64 MiB, much of it in the cores' caches until it is copied on.
-READ_BYTES = 2 << 20
+# What is read at once. Of large reads Python has less to do, small ones stay in the cores' caches
+# until they are copied on: 2, 3, 4 MiB gave 44.5, 46.6, 46.7 GB/s (16 GB in memory, an H200), and
+# 1, 2, 4 MiB 31..36, 40..42, 34..36 (5 GB, an H100, whose host has smaller caches).
+READ_BYTES = 3 << 20
+# The same thread reads for several GPUs, as much as it has time for: 38, 50, 56 GB/s for two.
+READ_BYTES_FOR_SEVERAL = 4 << 20
 # Slots that become free together: to record an event, and to look at it, takes as long as a copy.
-RELEASED = 4
+RELEASED = 2
 PINNERS = 4  # threads
 SLOTS = 2
 # What is scattered in one piece: from memory, rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35
@@ -124,20 +127,29 @@ class Copies:
 
     def release(self) -> None:
         """Frees the slots that were copied from, once that is done: by one event on each GPU."""
-        for ordinal in list(self._copied):
-            slots = self._copied.pop(ordinal)
-            stream = self.stream(ordinal)
+        copied, self._copied = self._copied, {}
+        errors: list[cuda.CudaError] = []
+        for ordinal, slots in copied.items():
             try:
-                event = slots[-1].events.get(ordinal)
-                if event is None:
-                    event = slots[-1].events[ordinal] = cuda.event()
-                cuda.submit("cuEventRecord", event, stream)
-            except cuda.CudaError:
-                cuda.call("cuStreamSynchronize", stream)
-                raise
-            mark = Mark(event)
-            for slot in slots:
-                slot.pending.append(mark)
+                self._release(slots, ordinal)
+            except cuda.CudaError as e:
+                errors.append(e)
+        if errors:
+            raise errors[0]
+
+    def _release(self, slots: Sequence[Slot], ordinal: int) -> None:
+        stream = self.stream(ordinal)
+        try:
+            event = slots[-1].events.get(ordinal)
+            if event is None:
+                event = slots[-1].events[ordinal] = cuda.event()
+            cuda.submit("cuEventRecord", event, stream)
+        except cuda.CudaError:
+            cuda.call("cuStreamSynchronize", stream)
+            raise
+        mark = Mark(event)
+        for slot in slots:
+            slot.pending.append(mark)
 
 
 class Lane:
