@@ -34,12 +34,10 @@ FORMATS_OF = {
 }
 
 
-def cases(formats: Sequence[str], gpu: bool, devices: int) -> list[tuple[str, str]]:
+def cases(formats: Sequence[str], gpu: bool) -> list[tuple[str, str]]:
     """(loader, format) pairs that this machine can run."""
     pairs = []
     for name in formats:
-        if checkpoints.PREPARED.get(name, 1) > devices:
-            continue
         for loader in LOADERS:
             if name not in FORMATS_OF.get(loader, ("safetensors",)):
                 continue
@@ -71,12 +69,15 @@ def run(
     Returns:
       Plain JSON types: machine, ceilings (bytes per second), results (one per case).
     """
+    machine = _machine()
+    gpu, devices = machine["device_platform"] == "gpu", machine["devices"]
+    for name in formats:
+        if (count := checkpoints.PREPARED.get(name, 1)) > devices:
+            raise ValueError(f"{name} needs {count} devices, and there are {devices}")
     for name in formats:
         report(f"checkpoint {name} in {folder}")
         checkpoints.make(folder, (name,), nbytes)
     paths = checkpoints.make(folder, tuple(formats), nbytes)
-    machine = _machine()
-    gpu = machine["device_platform"] == "gpu"
     limits: dict[str, float | None] = {"pinned_to_device": _in_process("pinned_rate()")}
     some = _files(paths[formats[0]])
     try:
@@ -86,7 +87,7 @@ def run(
         limits["direct_read"] = None
     results = []
     found = {"machine": machine, "cold": cold, "ceilings": limits, "results": results}
-    for loader, name in cases(formats, gpu, machine["devices"]):
+    for loader, name in cases(formats, gpu):
         files = _files(paths[name])
         left = cached = direct = None
         if cold:

@@ -11,7 +11,7 @@ from jaxgds.engines.aio import Descriptor
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import DirectFile
-from jaxgds.engines.ring import SLOT_BYTES, Copies, Slot
+from jaxgds.engines.ring import READ_BYTES, SLOT_BYTES, Copies, Slot
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -71,9 +71,8 @@ def raw_parts(
     buffers: Sequence["Buffer"],
     ordinals: Sequence[int],
     arrived: Arrived,
-    at_once: int,
 ) -> Parts:
-    """Parts of raw reads, which go straight to their destinations, of `at_once` bytes each."""
+    """Parts of raw reads, which go straight to their destinations."""
 
     def whole(piece: Piece, done: int, nbytes: int, slot: Slot, at: int) -> None:
         # Asked for as late as possible: it may still be being allocated.
@@ -93,7 +92,7 @@ def raw_parts(
         if piece is None:
             yield from cut(read, source, SLOT_BYTES, files, partial(scattered, segment))
         else:
-            yield from cut(read, source, at_once, files, partial(whole, piece))
+            yield from cut(read, source, READ_BYTES, files, partial(whole, piece))
 
 
 def in_turns(several: Sequence[Parts]) -> Parts:

@@ -20,8 +20,6 @@ from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import (
     COPIERS_PER_GPU,
     PINNERS,
-    READ_BYTES,
-    READ_BYTES_FOR_SEVERAL,
     READS,
     Copies,
     Lane,
@@ -231,9 +229,8 @@ class _Restore:
             return slots
 
         def raw(reads: Iterable[Read]) -> Parts:
-            at_once = READ_BYTES if len(self._gpus) == 1 else READ_BYTES_FOR_SEVERAL
             to = self._files, self._buffers, self._ordinals, self._arrived
-            return raw_parts(reads, copies, *to, at_once)
+            return raw_parts(reads, copies, *to)
 
         with ExitStack() as closed:
             decoders, own = [], []
@@ -244,9 +241,11 @@ class _Restore:
                     decoders.append(decoder)
                     parts = merged(decoder.parts(), parts)
                 own.append(parts)
-            others = (reads for gpu, reads in self._raw.items() if gpu not in gpus)
+            parts = own[0] if len(own) == 1 else in_turns(own)
+            if others := [reads for gpu, reads in self._raw.items() if gpu not in gpus]:
+                parts = merged(parts, raw(itertools.chain.from_iterable(others)))
             copier = Copier(self._files, copies, more, READS * len(gpus))
-            copier.run(merged(in_turns(own), raw(itertools.chain.from_iterable(others))), stop)
+            copier.run(parts, stop)
             for decoder in decoders:
                 decoder.rest()
                 self._left += decoder.left
@@ -258,8 +257,8 @@ class _Restore:
         frames = self._frames.pop(gpu, None)
         if not frames:
             return None
-        copies.stream(gpu)  # it is current now
         try:
+            copies.stream(gpu)  # it is current now
             return Decoder(gpu, frames, copies, self._files, self._buffers, self._arrived)
         except (cuda.CudaError, OSError) as e:
             self._left += [(frame.read, str(e)) for frame in frames]

@@ -24,10 +24,9 @@ READS = 14
 AHEAD = 1  # how many others each of their threads finds when it has carried one out
 # What is read at once. Of large reads Python has less to do, small ones stay in the cores' caches
 # until they are copied on: 2, 3, 4 MiB gave 44.5, 46.6, 46.7 GB/s (16 GB in memory, an H200), and
-# 1, 2, 4 MiB 31..36, 40..42, 34..36 (5 GB, an H100, whose host has smaller caches).
+# 1, 2, 4 MiB 31..36, 40..42, 34..36 (5 GB, an H100, whose host has smaller caches). Onto two GPUs
+# 3 and 4 MiB gave 58 and 50.
 READ_BYTES = 3 << 20
-# The same thread reads for several GPUs, as much as it has time for: 38, 50, 56 GB/s for two.
-READ_BYTES_FOR_SEVERAL = 4 << 20
 # Slots that become free together: to record an event, and to look at it, takes as long as a copy.
 RELEASED = 2
 PINNERS = 4  # threads

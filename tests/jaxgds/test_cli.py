@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxgds import doctor, prepare
-from jaxgds.bench.checkpoints import FORMATS
+from jaxgds.bench.checkpoints import FORMATS, PREPARED
 from jaxgds.cli import main
 
 
@@ -192,22 +192,43 @@ def test_version(capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == f"jaxgds {version('jaxgds')}\n"
 
 
-def test_bench_restore_measures_every_format(tmp_path):
+BENCH_RESTORE = [sys.executable, "-m", "jaxgds", "bench", "restore", "--dir", "bench"]
+
+
+@pytest.mark.parametrize(
+    ("option", "formats", "loaders"),
+    [
+        ([], FORMATS, {"jaxgds", "orbax", "jaxgds (safetensors)"}),
+        (["--formats", ",".join(PREPARED)], PREPARED, {"jaxgds (prepared)"}),
+    ],
+)
+def test_bench_restore_measures_every_format(tmp_path, option, formats, loaders):
     done = subprocess.run(
-        [sys.executable, "-m", "jaxgds", "bench", "restore", "--dir", "bench"]
-        + ["--size", "0.1", "--repeat", "2", "--json", "out.json"],
+        [*BENCH_RESTORE, "--size", "0.1", "--repeat", "2", "--json", "out.json", *option],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    assert {r["format"] for r in found["results"]} == set(FORMATS)
-    assert {"jaxgds", "orbax"} <= {r["loader"] for r in found["results"]}
+    assert {r["format"] for r in found["results"]} == set(formats)
+    assert loaders <= {r["loader"] for r in found["results"]}
     for row in found["results"]:
         rows = 8000 if row["format"] == "orbax-many" else 8192
         assert row["nbytes"] == rows * 8192 * 2 and len(row["seconds"]) == 2, row
     assert "GB/s" in done.stdout
+
+
+def test_bench_restore_onto_devices_that_are_not_there(tmp_path):
+    done = subprocess.run(
+        [*BENCH_RESTORE, "--formats", "prepared-tp2"],
+        cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not os.listdir(tmp_path)
+    assert "prepared-tp2 needs 2 devices, and there are 1\n" in done.stderr
 
 
 def test_help_lists_the_commands(capsys):

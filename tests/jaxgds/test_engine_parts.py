@@ -3,7 +3,10 @@
 import json
 import mmap
 import os
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +21,7 @@ from jaxgds.engines import HostEngine, cufile, cufile_config, engine_for, numa
 from jaxgds.engines.files import MAX_IDLE, OpenFiles
 from jaxgds.engines.gds import MIN_READ, WINDOW, unfit, windows
 from jaxgds.engines.gds_proof import nvidia_fs_reads, reads_by_gpu
+from jaxgds.engines.parts import in_turns
 from jaxgds.engines.posix import BLOCK, direct_files
 from jaxgds.engines.ring import MAX_PINNED, lane_count
 from jaxgds.engines.strided import boxes
@@ -187,6 +191,65 @@ def test_of_files_in_use_none_is_closed_and_of_others_the_oldest():
 )
 def test_cpu_lists(text, cpus):
     assert numa.parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize(
+    ("near", "expected"),
+    [
+        ({0: None, 1: None, 2: None}, [[0, 1, 2]]),
+        ({0: {0, 1}, 1: {2, 3}, 2: {0, 1}, 3: {2, 3}}, [[0, 2], [1, 3]]),
+        ({0: {0, 1}, 1: None}, [[0], [1]]),
+    ],
+)
+def test_gpus_of_one_node_are_together(monkeypatch, near, expected):
+    monkeypatch.setattr(numa, "near_cpus", near.get)
+    assert numa.by_node(list(near)) == expected
+
+
+@given(st.lists(st.lists(st.none() | st.integers(0, 9), max_size=6), max_size=4))
+def test_parts_in_turns(several):
+    """All of each in its order, one of each at first; None only while none of them has any."""
+    asked, closed = [], []
+
+    def parts(number, items):
+        try:
+            for item in items:
+                asked.append((number, item))
+                yield item if item is None else (number, item)
+        finally:
+            closed.append(number)
+
+    found = []
+    for part in in_turns([parts(i, items) for i, items in enumerate(several)]):  # type: ignore
+        if part is None:
+            without = {number for number, item in asked if item is None}
+            assert all(item is None for _, item in asked) and without
+        asked.clear()
+        found.append(part)
+    for i, items in enumerate(several):
+        mine = [x for number, x in filter(None, found) if number == i]
+        assert mine == [x for x in items if x is not None]
+    begun = [number for number, _ in filter(None, found[: len(several)])]
+    if all(items and None not in items for items in several):
+        assert begun == list(range(len(several)))
+    assert sorted(closed) == list(range(len(several)))
+
+
+def test_room_for_files():
+    """The kernel's table of descriptors is large before they are opened, and nothing stays open."""
+    code = "import os, threading; from jaxgds.engines.files import make_room;"
+    code += "before = os.listdir('/proc/self/fd'); make_room(threading.Event());"
+    code += "assert os.listdir('/proc/self/fd') == before; print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (size,) = re.findall(r"FDSize:\s*(\d+)", done.stdout)
+    assert int(size) >= 512
+
+
+def test_no_room_for_files():
+    """Where fewer are allowed that is no error: it only takes longer later."""
+    code = "import resource as r, threading; from jaxgds.engines.files import make_room;"
+    code += "r.setrlimit(r.RLIMIT_NOFILE, (64, 64)); make_room(threading.Event())"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
