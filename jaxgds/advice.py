@@ -81,9 +81,14 @@ def _compressed(found: Found) -> Iterator[str]:
     checkpoint = found.get("checkpoint")
     if checkpoint and checkpoint["codecs"].get("zstd"):
         share = 1 - checkpoint["direct_nbytes"] / max(checkpoint["stored_nbytes"], 1)
+        decoded = "the CPU decodes it at well under 1 GB/s a core, and it cannot be read in place"
+        if _gpus(found):
+            decoded = (
+                "a GPU decodes the chunks that it takes as a whole, the CPU all others at well "
+                "under 1 GB/s a core, and GPUDirect Storage cannot read it"
+            )
         yield (
-            f"{share:.0%} of the checkpoint is compressed (Orbax's default): the CPU decodes it at "
-            "well under 1 GB/s a core, and it cannot be read in place. "
+            f"{share:.0%} of the checkpoint is compressed (Orbax's default): {decoded}. "
             f"Run: jaxgds prepare {found['path']['path']} DST; or save with "
             "PyTreeCheckpointHandler(use_compression=False)"
         )
