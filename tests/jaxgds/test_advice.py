@@ -35,6 +35,7 @@ GOOD = {
     },
 }
 NO_FS = {"gds.nvidia_fs": None, "gds.ready": False}
+CPUS = {"devices": [{"platform": "cpu"}], "gds.nvidia_driver": False}
 ZSTD = {"checkpoint.codecs": {"zstd": 9}, "checkpoint.direct_nbytes": 0}
 
 
@@ -71,7 +72,7 @@ def test_nothing_to_say():
         ({"path.direct_io": False}, "refuses O_DIRECT", "copy them to"),
         (ZSTD, "100% of the checkpoint is compressed", "jaxgds prepare /data/model DST"),
         (ZSTD, "a GPU decodes the chunks that it takes as a whole", "use_compression=False"),
-        ({**ZSTD, "devices": []}, "the CPU decodes it at well under", "use_compression=False"),
+        ({**ZSTD, **CPUS}, "the CPU decodes it at well under", "use_compression=False"),
         ({"checkpoint.aligned_nbytes": 10**10}, "Only 10%", "jaxgds prepare /data/model DST"),
         ({"path.numa_node": 1}, "NUMA node 1, the GPUs are on [0]", "numactl --cpunodebind=1"),
         ({"machine.cores": 4}, "4 cores for 2 GPUs", "16 cores or more"),
