@@ -15,7 +15,7 @@ from jaxgds.engines.aio import Descriptor, Request
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.parts import Part, Parts
 from jaxgds.engines.posix import BLOCK, DirectFile, Way
-from jaxgds.engines.ring import AHEAD, Copies, Slot, wait_for
+from jaxgds.engines.ring import AHEAD, READS, Copies, Slot, wait_for
 from jaxgds.progress import traced
 from jaxgds.workers import waits, waits_no_more
 
@@ -31,7 +31,7 @@ class Copier:
     Args:
       copies: what the parts queue with.
       more: gives slots that are for this thread from now on; None if there will be no others.
-      reads: how many at once.
+      gpus: how many it copies to; there are READS under way for each.
 
     Attributes:
       slow: why a read could not be begun, and was waited for instead; None if there was none.
@@ -42,13 +42,13 @@ class Copier:
         files: OpenFiles[DirectFile],
         copies: Copies,
         more: Callable[[], Sequence[Slot] | None],
-        reads: int,
+        gpus: int,
     ):
-        self._files, self._copies = files, copies
+        self._files, self._copies, self._gpus = files, copies, gpus
         self._more, self._free = more, deque[Slot]()
         self._reading: list[tuple[Slot, Part]] = []
-        self._copying: deque[Slot] = deque()  # one stream: the first ends first
-        self._descriptors = [Descriptor() for _ in range(reads)]
+        self._copying: deque[Slot] = deque()  # on each GPU's stream the first ends first
+        self._descriptors = [Descriptor() for _ in range(READS * gpus)]
         self._next: tuple[Part, DirectFile, Way] | None = None  # that waits for one of these
         self.slow: OSError | None = None
 
@@ -161,9 +161,11 @@ class Copier:
 
     def _end_copies(self) -> bool:
         """Frees the slots whose copies are done; whether there was any."""
-        before = len(self._copying)
-        while self._copying and self._copying[0].copied():
-            self._free.append(self._copying.popleft())
+        before, waiting = len(self._copying), []
+        while self._copying and len(waiting) < self._gpus:
+            slot = self._copying.popleft()
+            (self._free if slot.copied() else waiting).append(slot)
+        self._copying.extendleft(reversed(waiting))
         return len(self._copying) < before
 
     def _nap(self, seconds: float) -> None:

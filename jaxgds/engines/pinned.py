@@ -20,7 +20,6 @@ from jaxgds.engines.posix import DirectFile, direct_files
 from jaxgds.engines.ring import (
     COPIERS_PER_GPU,
     PINNERS,
-    READS,
     Copies,
     Lane,
     Ring,
@@ -244,7 +243,7 @@ class _Restore:
             parts = own[0] if len(own) == 1 else in_turns(own)
             if others := [reads for gpu, reads in self._raw.items() if gpu not in gpus]:
                 parts = merged(parts, raw(itertools.chain.from_iterable(others)))
-            copier = Copier(self._files, copies, more, READS * len(gpus))
+            copier = Copier(self._files, copies, more, len(gpus))
             copier.run(parts, stop)
             for decoder in decoders:
                 decoder.rest()

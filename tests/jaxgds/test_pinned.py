@@ -121,6 +121,7 @@ def ring():
     assert held() == before and queued == 0
 
 
+LARGE = (8, 800_000)  # rows of 3.2 MB
 SHARDINGS = {
     "one": ONE,
     "rows": sharded("a"),
@@ -249,10 +250,17 @@ def test_a_file_for_each_chunk(tmp_path, ring, few_files, sharding):
     assert_restored(array, data, SHARDINGS[sharding], PinnedEngine(ring))
 
 
-def test_no_descriptor_for_a_request(tmp_path, ring, few_files):
-    """The file can be opened, but that is all: its reads are plain ones, and the report says so."""
-    data = numbers(*SMALL)
-    array = stored(tmp_path, data, SMALL)
+@pytest.mark.parametrize("sharding", ["one", "all rows"])
+def test_no_descriptor_for_a_request(tmp_path, ring, few_files, sharding):
+    """The file can be opened, but that is all: its reads are plain ones, and the report says so.
+
+    Requests that read the same range before do not pass for ones that have read it now.
+    """
+    before = numbers(*LARGE)
+    array = stored(tmp_path, before, (1, LARGE[1]))
+    assert_restored(array, before, SHARDINGS[sharding], PinnedEngine(ring))
+    data = before + 1
+    array = stored(tmp_path, data, (1, LARGE[1]))
     few_files(8)
     others = []
     with pytest.raises(OSError, match="Too many open files"):
@@ -261,7 +269,7 @@ def test_no_descriptor_for_a_request(tmp_path, ring, few_files):
     os.close(others.pop())
     engine = PinnedEngine(ring)
     try:
-        assert_restored(array, data, engine=engine)
+        assert_restored(array, data, SHARDINGS[sharding], engine)
     finally:
         for fd in others:
             os.close(fd)
@@ -318,13 +326,16 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize(
+    ("codec", "sharding", "shape"),
+    [("raw", "one", (2, 50_000)), ("zstd", "one", (2, 50_000)), ("raw", "all rows", LARGE)],
+)
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_faulty_disk(tmp_path, ring, kind, codec):
-    data = numbers(1000, 200)
-    array = stored(tmp_path, data, (500, 200), codec)
+def test_a_faulty_disk(tmp_path, ring, kind, codec, sharding, shape):
+    data = numbers(*shape)
+    array = stored(tmp_path, data, (1, shape[1]), codec)
     fault(kind, "data.bin")
-    memory = Memory([(array, ONE)])
+    memory = Memory([(array, SHARDINGS[sharding])])
     if FAULTS[kind]:
         with pytest.raises(CheckpointError, match=rf"data\.bin.*'w'.*{FAULTS[kind]}"):
             memory.read(PinnedEngine(ring))
