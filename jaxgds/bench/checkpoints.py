@@ -10,9 +10,6 @@ import ml_dtypes
 import numpy as np
 
 from jaxgds.output import check_space
-from jaxgds.prepare import prepare
-from jaxgds.rules import Mesh, Rule, Rules
-from jaxgds.sources import Model, Tensor, tree_keys
 
 
 SHAPE = (8192, 8192)  # one weight matrix: 128 MiB of bf16
@@ -69,6 +66,10 @@ def _cut(whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _prepare(path: str, found: dict[str, np.ndarray], devices: int) -> None:
+    from jaxgds.prepare import prepare
+    from jaxgds.rules import Mesh, Rule, Rules
+    from jaxgds.sources import Model, Tensor, tree_keys
+
     tensors = tuple(
         Tensor(tree_keys(name), x.shape, x.dtype, lambda box, x=x: x[tuple(slice(*s) for s in box)])
         for name, x in found.items()
@@ -91,9 +92,9 @@ def _write(name: str, path: str, count: int) -> None:
         return
     import jax
     import orbax.checkpoint as ocp
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    mesh = Mesh(np.array(jax.devices()), ("x",))
     specs = {"orbax-columns": PartitionSpec(None, "x"), "orbax-many": PartitionSpec("x")}
     where = NamedSharding(mesh, specs[name]) if name in specs else jax.devices()[0]
     found = weights(count)

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxgds.bench.checkpoints import PREPARED, SHAPE
-
 
 def main(loader: str, path: str, repeat: int) -> None:
     prepare = LOADERS[loader]
@@ -113,6 +111,7 @@ def _jaxgds_prepared(path: str) -> tuple[Callable, Callable]:
     import ml_dtypes
 
     import jaxgds
+    from jaxgds.bench.checkpoints import PREPARED, SHAPE
 
     name, _, count = os.path.basename(path).rpartition("-")
     mesh = jax.make_mesh((PREPARED[name],), ("tp",), devices=jax.devices()[: PREPARED[name]])

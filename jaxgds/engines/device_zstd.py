@@ -11,19 +11,18 @@ the CPU, which says what is wrong with it. And it is asked only if it decodes a 
 
 import ctypes
 import functools
-import os
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import zstandard
 
 from jaxgds.engines import cuda
 from jaxgds.engines.files import OpenFiles
-from jaxgds.engines.host import direct
+from jaxgds.engines.gpu_frames import Frame
 from jaxgds.engines.parts import Parts, cut
 from jaxgds.engines.pinned_memory import Pinned
 from jaxgds.engines.posix import DirectFile
@@ -48,80 +47,17 @@ if TYPE_CHECKING:
 
 
 PIECE = 8 << 20
-_AT_ONCE = 8 << 18  # a quarter of it is read at once
+_AT_ONCE = PIECE // 4  # bytes of it read at once
 # Of a group, and groups: with such pieces 228 MB of device memory. Three groups gave 34 GB/s and
 # not 45 (10 GB in memory, an H200).
 LANES, GROUPS = 5, 4
 # In front of a piece the GPU puts what it could not decode of the piece before.
 HEADROOM = (128 << 10) + 64
-# Smaller frames are decoded sooner by a core; and so are those that became much smaller, which are
-# made of matches, one after the other, where a GPU has nothing to do at once.
-MIN_BYTES, MIN_RATIO = 1 << 20, 0.6
-MIN_TOTAL = 128 << 20  # decoded: the cores have less than that done before a GPU begins
 
 _UNREAD = "no pinned memory to read it into"
 # Of the pinned memory: all of it, and where that for orders and statuses ends.
 _PINNED, _TRIAL = 1 << 20, 1 << 16
 _proven: set[int] = set()  # GPUs that have decoded the trial frame
-
-
-class Frame(NamedTuple):
-    """A frame that becomes `nbytes` bytes in a row of one destination, from `offset` on."""
-
-    read: Read
-    source: Extent
-    destination: int
-    offset: int
-    nbytes: int
-
-
-def frame(read: Read) -> Frame | None:
-    """What a GPU may decode of `read`; None if that is for the CPU."""
-    source = read.source
-    if read.codec != "zstd" or not isinstance(source, Extent):
-        return None
-    pieces = [direct(segment) for segment in read.segments]
-    if not pieces or pieces[0] is None:
-        return None
-    destination, offset, nbytes = pieces[0].destination, pieces[0].dst_offset, 0
-    for piece in pieces:
-        if piece is None or (piece.destination, piece.dst_offset) != (destination, offset + nbytes):
-            return None
-        nbytes += piece.nbytes
-    if source.nbytes < max(MIN_BYTES, MIN_RATIO * nbytes):
-        return None
-    return Frame(read, source, destination, offset, nbytes)
-
-
-def for_gpus(
-    reads: Sequence[Read], ordinals: Sequence[int]
-) -> tuple[dict[int, list[Frame]], list[Read]]:
-    """By GPU the frames that it is to decode, and the reads that are left.
-
-    JAXGDS_ZSTD=cpu leaves all, and gpu none that a GPU may decode, however little it is.
-
-    Args:
-      ordinals: of each destination, the GPU.
-
-    Raises:
-      ValueError: the environment variable is something else.
-    """
-    who = os.environ.get("JAXGDS_ZSTD") or "auto"
-    if who not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"JAXGDS_ZSTD={who!r}: expected auto, cpu or gpu")
-    frames: dict[int, list[Frame]] = defaultdict(list)
-    left = []
-    for read in reads:
-        found = frame(read) if who != "cpu" else None
-        if found is None:
-            left.append(read)
-        else:
-            frames[ordinals[found.destination]].append(found)
-    if who == "auto":
-        for ordinal, some in list(frames.items()):
-            if sum(one.nbytes for one in some) < MIN_TOTAL:
-                left += [one.read for one in frames.pop(ordinal)]
-    return frames, left
 
 
 @functools.cache

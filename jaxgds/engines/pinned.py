@@ -11,20 +11,14 @@ from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
 from jaxgds.engines.copier import Copier
-from jaxgds.engines.device_zstd import Decoder, Frame, for_gpus
+from jaxgds.engines.device_zstd import Decoder
 from jaxgds.engines.files import OpenFiles, make_room
+from jaxgds.engines.gpu_frames import Frame, for_gpus
 from jaxgds.engines.host import direct, fill, opened, plain_files
 from jaxgds.engines.numa import by_node, near
 from jaxgds.engines.parts import Parts, in_turns, merged, raw_parts, scatter
 from jaxgds.engines.posix import DirectFile, direct_files
-from jaxgds.engines.ring import (
-    COPIERS_PER_GPU,
-    PINNERS,
-    Copies,
-    Lane,
-    Ring,
-    Slot,
-)
+from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Slot
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced

@@ -17,7 +17,7 @@ from jaxgds.workers import reading
 
 # What O_DIRECT demands of offset, length and memory on every file system in use.
 BLOCK = 4096
-STRETCH = 16 << 20
+STRETCH = 16 << 20  # of a file: one page of it that is cached tells of the rest
 
 
 type Way = tuple[int, int, int, int]  # descriptor, at, offset, bytes: see DirectFile.way

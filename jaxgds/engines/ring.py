@@ -27,7 +27,7 @@ AHEAD = 1  # how many others each of their threads finds when it has carried one
 # 1, 2, 4 MiB 31..36, 40..42, 34..36 (5 GB, an H100, whose host has smaller caches). Onto two GPUs
 # 3 and 4 MiB gave 58 and 50.
 READ_BYTES = 3 << 20
-# Slots that become free together: to record an event, and to look at it, takes as long as a copy.
+# Slots that become free together: to record an event, and to look at it, takes time as a copy does.
 RELEASED = 2
 PINNERS = 4  # threads
 SLOTS = 2

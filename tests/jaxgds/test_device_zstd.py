@@ -18,7 +18,7 @@ from test_gpu_engines import GPUS, one, restored, stored
 
 import jaxgds
 from jaxgds.allocation import Allocation
-from jaxgds.engines import PinnedEngine, cuda, device_zstd, zstd_kernels
+from jaxgds.engines import PinnedEngine, cuda, device_zstd, gpu_frames, zstd_kernels
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
 from jaxgds.plan import make_plan
@@ -38,8 +38,8 @@ stand_ins = pytest.mark.skipif(not stand_in.LIBRARY, reason="fails on command: a
 def decoding(monkeypatch):
     """All frames are for the GPU, in small pieces."""
     monkeypatch.setenv("JAXGDS_ZSTD", "gpu")
-    monkeypatch.setattr(device_zstd, "MIN_BYTES", 1)
-    monkeypatch.setattr(device_zstd, "MIN_RATIO", 0.0)
+    monkeypatch.setattr(gpu_frames, "MIN_BYTES", 1)
+    monkeypatch.setattr(gpu_frames, "MIN_RATIO", 0.0)
     monkeypatch.setattr(device_zstd, "PIECE", 128 << 10)
 
 
@@ -318,7 +318,7 @@ def test_without_the_environment_variable(tmp_path, monkeypatch):
     chunks = [weights(700_000, i) for i in range(3)]
     array = frames(tmp_path, chunks)
     for least, note in [(2_100_001, ""), (2_100_000, "3 zstd frames decoded on GPUs")]:
-        monkeypatch.setattr(device_zstd, "MIN_TOTAL", least)
+        monkeypatch.setattr(gpu_frames, "MIN_TOTAL", least)
         assert_restored(array, chunks, note)
 
 
