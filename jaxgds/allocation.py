@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 from jaxgds.allocation_calls import Call, Spec, calls
 from jaxgds.engines import Buffer
@@ -185,6 +185,8 @@ def empty_program(specs: tuple[Spec, ...], devices: tuple[jax.Device, ...]) -> j
     if devices[0].platform == "cpu":
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]
         fill = buffer_callback(lambda ctx, out: None, shapes, has_side_effect=True)
+    if len(devices) == 1:  # lowered in half the time
+        return jax.jit(fill, out_shardings=SingleDeviceSharding(devices[0]))
     mesh = Mesh(np.array(devices), ("device",))
     spec = PartitionSpec("device")
     return jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False))

@@ -40,6 +40,8 @@ def assemble(
         first = _as_dtype(first, layout.dtype, dtype)
         shards.append(first)
         shards += [jax.device_put(first, device) for device in destination.devices[1:]]
+    if len(shards) == 1 and shards[0].sharding == sharding:
+        return shards[0]
     return jax.make_array_from_single_device_arrays(layout.shape, sharding, shards)
 
 

@@ -89,15 +89,15 @@ def restore(
 
     def plan() -> list[Read]:
         nonlocal bytes_read, planned
-        allocation.start()  # not before the engine's threads pin, which compiling slows down
         with traced("plan"):
-            made = watched(lambda: make_plan(pairs, destinations=destinations))
+            made = watched(lambda: make_plan(pairs, engine.max_read, destinations))
             reads = in_order(made.reads, allocation.order)
         bytes_read, planned = made.source_nbytes, time.perf_counter()
         _log_plan(made)
         return reads
 
     try:
+        allocation.start()
         if engine is None:
             engine = engine_for({b.device for b in buffers}, strict=is_strict(strict))
         with shown(sum(b.nbytes for b in buffers)) as arrived:

@@ -49,10 +49,12 @@ class Engine(Protocol):
       path: what the report calls it, once it has read: "gds", "gds-compat", "pinned" or "host";
         "mixed" if gds left some reads to pinned, or cuFile some to its compatibility mode.
       note: for the report: what else there is to know about the path; may be "".
+      max_read: bytes of a raw read, which is one thread's work.
     """
 
     path: str
     note: str
+    max_read: int
 
     def read(
         self,

@@ -121,12 +121,14 @@ class Request:
 
         It lies somewhere after `pointer`; where, `DirectFile.read` says.
         """
-        block = self._block
-        block.offset, block.returned, block.error = 0, -1, 0  # nothing is read, whatever fails
         if nbytes > SMALL or not file.read_now(offset, nbytes, pointer):
             return False
-        block.offset, block.returned = offset, nbytes
+        self._block.offset, self._block.returned, self._block.error = offset, nbytes, 0
         return True
+
+    def fail(self) -> None:
+        """Makes it one that is done, and has given nothing."""
+        self._block.offset, self._block.returned, self._block.error = 0, -1, 0
 
     def prepare(self, descriptor: Descriptor, way: Way, pointer: int) -> None:
         """Describes a read to somewhere after `pointer`, which `begin` begins.

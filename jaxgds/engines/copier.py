@@ -7,15 +7,16 @@ waits for the interpreter lock, whatever else the process does.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 
 from jaxgds.engines import aio
 from jaxgds.engines.aio import Descriptor, Request
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.parts import Part, Parts
 from jaxgds.engines.posix import BLOCK, DirectFile, Way
-from jaxgds.engines.ring import AHEAD, READS, Copies, Slot, wait_for
+from jaxgds.engines.ring import AHEAD, READ_BYTES, READS, Copies, Slot, wait_for
 from jaxgds.progress import traced
 from jaxgds.workers import waits, waits_no_more
 
@@ -23,6 +24,43 @@ from jaxgds.workers import waits, waits_no_more
 _NAP = 50e-6  # seconds between two looks at what is under way
 _LONG_NAP = 1e-3  # where nothing is under way
 _LONGEST_NAP = 0.1  # where a read does not end that nobody waits for
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Of a part, what one request reads.
+
+    Attributes:
+      end: the offset that it reads up to.
+      pointer: from where on its blocks lie.
+      way: how to read it; None if it is read.
+      descriptor: that reads it.
+    """
+
+    part: Part
+    slot: Slot
+    request: Request
+    file: DirectFile
+    end: int
+    pointer: int = 0
+    way: Way | None = None
+    descriptor: Descriptor | None = None
+
+
+def _pieces(part: Part, file: DirectFile, slot: Slot) -> Iterator[_Piece]:
+    """What to read of a part, in two halves if it is long."""
+    part.began = time.monotonic()
+    offset, end = part.offset, part.offset + part.nbytes
+    first, second = slot.requests
+    if first.at_once(file, offset, part.nbytes, slot.pointer):
+        yield _Piece(part, slot, first, file, end)
+        return
+    middle = -(-(offset + part.nbytes // 2) // BLOCK) * BLOCK if part.nbytes > READ_BYTES else end
+    yield _Piece(part, slot, first, file, middle, slot.pointer, file.way(offset, middle - offset))
+    if middle < end:
+        part.left = 2
+        pointer = slot.pointer + middle - offset // BLOCK * BLOCK
+        yield _Piece(part, slot, second, file, end, pointer, file.way(middle, end - middle))
 
 
 class Copier:
@@ -46,10 +84,10 @@ class Copier:
     ):
         self._files, self._copies, self._gpus = files, copies, gpus
         self._more, self._free = more, deque[Slot]()
-        self._reading: list[tuple[Slot, Part]] = []
+        self._next: deque[_Piece] = deque()  # of the newest part, to be read
+        self._reading: list[_Piece] = []
         self._copying: deque[Slot] = deque()  # on each GPU's stream the first ends first
         self._descriptors = [Descriptor() for _ in range(READS * gpus)]
-        self._next: tuple[Part, DirectFile, Way] | None = None  # that waits for one of these
         self.slow: OSError | None = None
 
     def run(self, parts: Parts, stop: threading.Event) -> None:
@@ -73,7 +111,7 @@ class Copier:
 
     @property
     def _busy(self) -> bool:
-        return bool(self._free or self._reading or self._copying)
+        return bool(self._free or self._next or self._reading or self._copying)
 
     def _begin(self, parts: Parts) -> bool:
         """Begins as many reads as there may be at once; whether there are others, perhaps."""
@@ -88,37 +126,33 @@ class Copier:
 
     def _prepare(self, parts: Parts, requests: list[Request]) -> bool:
         """Adds to `requests` what may begin now; whether there are others, perhaps."""
-        while self._free:
-            slot = self._free[0]
-            if self._next is None:
+        while True:
+            if not self._next:
+                if not self._free:
+                    return True
                 try:
                     found = next(parts)
                 except StopIteration:
                     return False
                 if found is None:
-                    break
-                part, file = found
-                part.began = time.monotonic()
-                if slot.request.at_once(file, part.offset, part.nbytes, slot.pointer):
-                    self._reading.append((self._free.popleft(), part))
-                    continue
-                self._next = part, file, file.way(part.offset, part.nbytes)
-            part, file, way = self._next
-            descriptor = self._descriptor(file, way[0])
-            if descriptor is None:
-                break
-            part.began = time.monotonic()
-            try:
-                descriptor.follow(file, way[0])
-            except OSError as e:
-                self.slow = e  # it is waited for when the read is found to have given nothing
-            else:
-                slot.request.prepare(descriptor, way, slot.pointer)
-                part.descriptor, descriptor.under_way = descriptor, descriptor.under_way + 1
-                requests.append(slot.request)
-            self._next = None
-            self._reading.append((self._free.popleft(), part))
-        return True
+                    return True
+                self._next.extend(_pieces(*found, self._free.popleft()))
+            piece = self._next[0]
+            if piece.way is not None:
+                fd, *_ = piece.way
+                piece.descriptor = descriptor = self._descriptor(piece.file, fd)
+                if descriptor is None:
+                    return True
+                try:
+                    descriptor.follow(piece.file, fd)
+                except OSError as e:
+                    piece.request.fail()
+                    self.slow = e  # it is waited for when the part is found to be short
+                else:
+                    piece.request.prepare(descriptor, piece.way, piece.pointer)
+                    requests.append(piece.request)
+                descriptor.under_way += 1
+            self._reading.append(self._next.popleft())
 
     def _descriptor(self, file: DirectFile, fd: int) -> Descriptor | None:
         """One with nothing to read; or else one that reads the same file, and little more."""
@@ -133,26 +167,30 @@ class Copier:
 
     def _end_reads(self) -> bool:
         """Queues the copies of what is read; whether there was any."""
-        under_way = []
+        under_way: list[_Piece] = []
         reading, self._reading = self._reading, under_way
-        for i, (slot, part) in enumerate(reading):
-            if not slot.request.done:
-                under_way.append((slot, part))
+        for i, piece in enumerate(reading):
+            if not piece.request.done:
+                under_way.append(piece)
                 continue
-            if part.descriptor is not None:
-                part.descriptor.under_way -= 1
+            if piece.descriptor is not None:
+                piece.descriptor.under_way -= 1
+            part = piece.part
+            part.left -= 1
+            part.short = part.short or not piece.request.filled(piece.end)
+            if part.left:
+                continue
             try:
-                self._end_read(slot, part)
+                self._end_read(piece.slot, part)
             except BaseException:
                 under_way += reading[i + 1 :]
                 raise
-        self._copies.release()
         return len(under_way) < len(reading)
 
     def _end_read(self, slot: Slot, part: Part) -> None:
         waits_no_more()  # what follows may wait for memory, not for a file
         offset, nbytes = part.offset, part.nbytes
-        if not slot.request.filled(offset + nbytes):
+        if part.short:
             # Whatever was wrong: this way does without, or says what it was.
             with self._files.open(part.file, part.read.array) as file:
                 file.read(offset, nbytes, slot.view, part.read.array)
@@ -170,7 +208,7 @@ class Copier:
 
     def _nap(self, seconds: float) -> None:
         if self._reading:
-            _, oldest = self._reading[0]
+            oldest = self._reading[0].part
             waits(oldest.began, oldest.file, oldest.read.array)
         with traced("read") if self._reading else nullcontext():
             time.sleep(seconds)
@@ -178,7 +216,7 @@ class Copier:
     def _drain(self) -> None:
         nap = _NAP
         while self._reading:  # perhaps for ever
-            self._reading = [(s, p) for s, p in self._reading if not s.request.done]
+            self._reading = [piece for piece in self._reading if not piece.request.done]
             self._nap(nap)
             nap = min(2 * nap, _LONGEST_NAP)
         waits_no_more()
@@ -186,5 +224,4 @@ class Copier:
         with ExitStack() as closed:
             for descriptor in self._descriptors:
                 closed.callback(descriptor.close)
-            closed.callback(wait_for, self._copying)
-            self._copies.release()
+            wait_for(self._copying)

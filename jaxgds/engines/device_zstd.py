@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 PIECE = 8 << 20
-_AT_ONCE = PIECE // 4  # bytes of it read at once
+_AT_ONCE = PIECE // 2  # bytes of it read at once
 # Of a group, and groups: with such pieces 228 MB of device memory. Three groups gave 34 GB/s and
 # not 45 (10 GB in memory, an H200).
 LANES, GROUPS = 5, 4

@@ -26,7 +26,7 @@ from jaxgds.engines.parts import copy_pieces
 from jaxgds.engines.pinned import PinnedEngine, ordinal_of
 from jaxgds.engines.posix import BLOCK
 from jaxgds.index import Extent
-from jaxgds.plan import Read
+from jaxgds.plan import MAX_READ, Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.workers import run_threads
 
@@ -57,6 +57,8 @@ class GdsEngine:
       NotImplementedError: kvikio is not installed.
       ValueError: cuFile does not take its configuration.
     """
+
+    max_read = MAX_READ
 
     def __init__(self, ordinals: Sequence[int], *, proof: bool, strict: bool = False):
         if importlib.util.find_spec("kvikio") is None:

@@ -14,7 +14,7 @@ import zstandard
 from jaxgds.engines.files import OpenFiles
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, Source
-from jaxgds.plan import Read
+from jaxgds.plan import MAX_READ, Read
 from jaxgds.progress import Arrived, ignore, traced
 from jaxgds.scatter import Piece, Segment
 from jaxgds.workers import check_stop, reading, run_threads
@@ -33,8 +33,7 @@ STEP = 4 << 20  # bytes that are read or decoded without a look at whether to st
 class HostEngine:
     """Reads into host memory; one thread per core, each with a small staging buffer."""
 
-    path = "host"
-    note = ""
+    path, note, max_read = "host", "", MAX_READ
 
     def __init__(self, threads: int | None = None):
         self._threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))

@@ -7,11 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxgds.engines import cuda
-from jaxgds.engines.aio import Descriptor
 from jaxgds.engines.files import OpenFiles
 from jaxgds.engines.host import direct
 from jaxgds.engines.posix import DirectFile
-from jaxgds.engines.ring import READ_BYTES, SLOT_BYTES, Copies, Slot
+from jaxgds.engines.ring import SLOT_BYTES, Copies, Slot
 from jaxgds.engines.strided import boxes
 from jaxgds.index import Extent
 from jaxgds.plan import Read
@@ -32,7 +31,8 @@ class Part:
       queue: called with `done`, `nbytes`, and a slot and from where on the bytes lie in it: queues
         their copies.
       began: when it was begun, of time.monotonic.
-      descriptor: that reads it.
+      left: how many requests for it are not done.
+      short: whether one of them has given too little.
     """
 
     read: Read
@@ -42,7 +42,8 @@ class Part:
     done: int
     queue: Callable[[int, int, Slot, int], None]
     began: float = 0.0
-    descriptor: Descriptor | None = None
+    left: int = 1
+    short: bool = False
 
 
 # The file is open until the next part is asked for. None: there is none now, but there will be.
@@ -89,10 +90,8 @@ def raw_parts(
         source, (segment,) = read.source, read.segments
         assert isinstance(source, Extent)
         piece = direct(segment)
-        if piece is None:
-            yield from cut(read, source, SLOT_BYTES, files, partial(scattered, segment))
-        else:
-            yield from cut(read, source, READ_BYTES, files, partial(whole, piece))
+        queue = partial(scattered, segment) if piece is None else partial(whole, piece)
+        yield from cut(read, source, SLOT_BYTES, files, queue)
 
 
 def in_turns(several: Sequence[Parts]) -> Parts:

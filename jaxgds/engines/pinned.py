@@ -22,6 +22,7 @@ from jaxgds.engines.ring import COPIERS_PER_GPU, PINNERS, Copies, Lane, Ring, Sl
 from jaxgds.index import Extent
 from jaxgds.plan import Read
 from jaxgds.progress import Arrived, ignore, traced
+from jaxgds.scatter import MAX_STAGED
 from jaxgds.workers import Target, run_threads
 
 
@@ -40,6 +41,7 @@ class PinnedEngine:
     """
 
     path = "pinned"
+    max_read = 1 << 30  # its one thread cuts them itself: fewer reads are planned sooner
 
     def __init__(self, ring: Ring | None = None):
         cuda.driver()
@@ -113,16 +115,16 @@ class _Restore:
                 self._planned.set()
             return [functools.partial(self._decode_all, *one) for one in lanes]
 
-        # The first restore of a process pins its lanes, which takes as long as to plan. By few
-        # threads, for the interpreter lock is what planning and pinning both wait for.
+        # The first restore of a process pins its lanes while XLA compiles what allocates, and for
+        # that the first copy waits. Until then one thread pins, for whoever maps memory waits for
+        # those that fill it: beside four threads the compilation took 37 ms instead of 12.
         new = [(lane, home) for lane, home in self._copying if not lane.slots]
         with suppress(OSError):  # whoever pins finds it again, and notes it
             for lane, _ in new:
                 lane.reserve()
+        todo = iter(new)
         targets: list[Target] = [
-            functools.partial(self._pin, lanes)
-            for i in range(PINNERS)
-            if (lanes := new[i::PINNERS])
+            functools.partial(self._pin, todo, i == 0) for i in range(min(PINNERS, len(new)))
         ]
         if new:
             targets.append(make_room)
@@ -164,7 +166,9 @@ class _Restore:
             return ""
         return f"{left} of {left + lost} pinned buffers: no more memory to pin: {why}"
 
-    def _pin(self, lanes: Sequence[tuple[Lane, int]], stop: threading.Event) -> None:
+    def _pin(self, lanes: Iterator[tuple[Lane, int]], at_once: bool, stop: threading.Event) -> None:
+        if not at_once:
+            _ = self._buffers[0].pointer  # waits until it is allocated
         for lane, home in lanes:
             if stop.is_set():
                 break
@@ -191,11 +195,8 @@ class _Restore:
                     break
                 self._decode(read, lane, copies)
         finally:
-            try:
-                copies.release()  # what an error has left
-            finally:
-                lane.drain()
-                self._decoding.discard(lane)
+            lane.drain()
+            self._decoding.discard(lane)
 
     def _wait(self, stop: threading.Event) -> None:
         """Returns when the plan is made; it is empty if that failed."""
@@ -267,19 +268,17 @@ class _Restore:
                     with traced("read"):
                         fill(decoded, slot.view[: segment.nbytes], read)
                     scatter(segment, slot, 0, copies, self._buffers, self._ordinals)
-                    copies.release()
                     self._arrived(segment.nbytes)
                     continue
                 ordinal = self._ordinals[whole.destination]
-                for done in range(0, segment.nbytes, lane.slot_bytes):
-                    nbytes = min(lane.slot_bytes, segment.nbytes - done)
+                for done in range(0, segment.nbytes, MAX_STAGED):
+                    nbytes = min(MAX_STAGED, segment.nbytes - done)
                     slot = lane.slot()
                     with traced("read"):
                         fill(decoded, slot.view[:nbytes], read)
                     dst = self._buffers[whole.destination].pointer + whole.dst_offset
                     with traced("copy"):
                         copies.copy(slot, 0, dst + done, nbytes, ordinal)
-                    copies.release()
                     self._arrived(nbytes)
 
 

@@ -6,20 +6,18 @@ again only when its copies are done.
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
-from jaxgds import scatter
 from jaxgds.engines import cuda
 from jaxgds.engines.aio import Request
 from jaxgds.engines.pinned_memory import Pinned
+from jaxgds.scatter import MAX_STAGED
 
 
 # Lanes: decoding takes every core that there is.
 THREADS_PER_GPU = 32
-# Lanes that the raw reads of a GPU use, and how many of these at once: 10, 12, 14 and 16 gave
-# 43..47, 45..49, 46..49 and 47..50 GB/s (10 GB in memory, a host with 16 cores, an H100 that takes
-# 50 from pinned memory).
-COPIERS_PER_GPU = 16
+# Reads of a GPU at once: 10, 12, 14 and 16 gave 43..47, 45..49, 46..49 and 47..50 GB/s (10 GB in
+# memory, a host with 16 cores, an H100 that takes 50 from pinned memory).
 READS = 14
 AHEAD = 1  # how many others each of their threads finds when it has carried one out
 # What is read at once. Of large reads Python has less to do, small ones stay in the cores' caches
@@ -27,47 +25,34 @@ AHEAD = 1  # how many others each of their threads finds when it has carried one
 # 1, 2, 4 MiB 31..36, 40..42, 34..36 (5 GB, an H100, whose host has smaller caches). Onto two GPUs
 # 3 and 4 MiB gave 58 and 50.
 READ_BYTES = 3 << 20
-# Slots that become free together: to record an event, and to look at it, takes time as a copy does.
-RELEASED = 2
+# What is copied at once, of two reads: a copy costs the GPU 2.6 us whatever its size.
+SLOT_BYTES = 2 * READ_BYTES
+assert SLOT_BYTES >= MAX_STAGED
+SLOTS = 2  # of a lane
+# Lanes that the raw reads of a GPU use: 8, 10, 12 gave 49.1, 48.2, 46.9 GB/s (10 GB in memory, an
+# H200). What is copied on from few slots is in the cores' caches still.
+COPIERS_PER_GPU = 8
 PINNERS = 4  # threads
-SLOTS = 2
-# What is scattered in one piece: from memory, rows of 2 KiB in 2, 4 and 8 MiB gave 44, 48 and 35
-# GB/s. Of 8 MiB too little stays in a core's cache until it is copied on.
-SLOT_BYTES = scatter.MAX_STAGED
 # A slot has room for a read that is widened to whole blocks at both ends.
-MARGIN = 2 * 4096
+_SPACING = SLOT_BYTES + 2 * 4096
 MAX_PINNED = 512 << 20
-
-
-class Mark:
-    """What is queued on a stream up to here, by an event recorded there."""
-
-    __slots__ = ("done", "event")
-
-    def __init__(self, event: int):
-        self.event, self.done = event, False
-
-    def passed(self) -> bool:
-        """Whether all of it is done."""
-        self.done = self.done or cuda.done(self.event)
-        return self.done
 
 
 class Slot:
     """A page-aligned piece of pinned memory, and the copies out of it that are under way."""
 
-    __slots__ = ("events", "pending", "pointer", "request", "view")
+    __slots__ = ("events", "pending", "pointer", "requests", "view")
 
     def __init__(self, pointer: int, view: memoryview):
         self.pointer, self.view = pointer, view
-        self.request = Request()  # reads into it
+        self.requests = Request(), Request()  # reads into it
         self.events: dict[int, int] = {}  # GPU -> event
-        self.pending: list[Mark] = []  # not waited for
+        self.pending: list[int] = []  # events that are not waited for
 
     def copied(self) -> bool:
         """Whether its copies are done."""
         while self.pending:
-            if not self.pending[-1].passed():
+            if not cuda.done(self.pending[-1]):
                 return False
             self.pending.pop()
         return True
@@ -75,9 +60,7 @@ class Slot:
     def wait(self) -> None:
         """Returns when its copies are done."""
         while self.pending:
-            mark = self.pending.pop()
-            if not mark.done:
-                cuda.wait(mark.event)
+            cuda.wait(self.pending.pop())
 
 
 def wait_for(slots: Iterable[Slot]) -> None:
@@ -93,15 +76,10 @@ def wait_for(slots: Iterable[Slot]) -> None:
 
 
 class Copies:
-    """What one thread copies out of slots; it makes GPU `ordinal` current.
-
-    An event that is recorded for several slots is not recorded again before all of them are free,
-    for it belongs to one of them.
-    """
+    """What one thread copies out of slots; it makes GPU `ordinal` current."""
 
     def __init__(self, streams: "Streams", ordinal: int):
         self._streams, self._current = streams, -1
-        self._copied: dict[int, list[Slot]] = {}  # by GPU: not released yet
         self.stream(ordinal)
 
     def stream(self, ordinal: int) -> int:
@@ -112,50 +90,29 @@ class Copies:
         return self._streams.at(ordinal)
 
     def copy(self, slot: Slot, at: int, dst: int, nbytes: int, ordinal: int) -> None:
-        """Queues a copy from `slot`, which `release` is to free."""
+        """Queues a copy from `slot`."""
         stream = self.stream(ordinal)
         cuda.submit("cuMemcpyHtoDAsync_v2", dst, slot.pointer + at, nbytes, stream)
         self.queued(slot, ordinal)
 
     def queued(self, slot: Slot, ordinal: int) -> None:
-        """Has `slot` be freed with what is queued so far on the stream of GPU `ordinal`."""
-        slots = self._copied.setdefault(ordinal, [])
-        slots.append(slot)
-        if len(slots) == RELEASED:
-            self.release()
-
-    def release(self) -> None:
-        """Frees the slots that were copied from, once that is done: by one event on each GPU."""
-        copied, self._copied = self._copied, {}
-        errors: list[cuda.CudaError] = []
-        for ordinal, slots in copied.items():
-            try:
-                self._release(slots, ordinal)
-            except cuda.CudaError as e:
-                errors.append(e)
-        if errors:
-            raise errors[0]
-
-    def _release(self, slots: Sequence[Slot], ordinal: int) -> None:
+        """Has `slot` wait for what is queued so far on the stream of GPU `ordinal`."""
         stream = self.stream(ordinal)
         try:
-            event = slots[-1].events.get(ordinal)
+            event = slot.events.get(ordinal)
             if event is None:
-                event = slots[-1].events[ordinal] = cuda.event()
+                event = slot.events[ordinal] = cuda.event()
             cuda.submit("cuEventRecord", event, stream)
         except cuda.CudaError:
             cuda.call("cuStreamSynchronize", stream)
             raise
-        mark = Mark(event)
-        for slot in slots:
-            slot.pending.append(mark)
+        slot.pending.append(event)
 
 
 class Lane:
     """The slots that a decoding thread uses, or hands on to the copier of its GPU."""
 
-    def __init__(self, slots: int, slot_bytes: int):
-        self.slot_bytes = slot_bytes
+    def __init__(self, slots: int):
         self.slots: list[Slot] = []
         self._count = slots
         self._memory: Pinned | None = None
@@ -166,7 +123,7 @@ class Lane:
     def reserve(self) -> Pinned:
         """Maps memory for the slots, before threads pin that of others."""
         if self._memory is None:
-            self._memory = Pinned(self._count * (self.slot_bytes + MARGIN))
+            self._memory = Pinned(self._count * _SPACING)
         return self._memory
 
     def open(self, ordinal: int) -> None:
@@ -175,12 +132,11 @@ class Lane:
             if self.slots:
                 return
             cuda.use(ordinal)
-            nbytes = self.slot_bytes + MARGIN
             memory = self.reserve()
             memory.lock(ordinal)
             slots = [
-                Slot(memory.pointer + at, memory.view[at : at + nbytes])
-                for at in range(0, self._count * nbytes, nbytes)
+                Slot(memory.pointer + at, memory.view[at : at + _SPACING])
+                for at in range(0, self._count * _SPACING, _SPACING)
             ]
             self._free_events = cuda.when_dropped(
                 self, _destroy, "cuEventDestroy_v2", [slot.events for slot in slots]
@@ -248,24 +204,17 @@ class Ring:
       threads: lanes per GPU; all lanes together stay below the number of cores and MAX_PINNED.
     """
 
-    def __init__(
-        self,
-        threads: int = THREADS_PER_GPU,
-        slots: int = SLOTS,
-        slot_bytes: int = SLOT_BYTES,
-    ):
-        assert slot_bytes >= scatter.MAX_STAGED
+    def __init__(self, threads: int = THREADS_PER_GPU, slots: int = SLOTS):
         self.busy = threading.Lock()
-        self.slot_bytes = slot_bytes
         self._threads, self._slots = threads, slots
         self.streams = Streams()
         self._lanes: list[Lane] = []
 
     def lanes(self, ordinals: list[int]) -> list[tuple[Lane, int]]:
         """Lanes for a restore onto these GPUs, each with the GPU it works for first."""
-        count = lane_count(len(ordinals), self._threads, self._slots * (self.slot_bytes + MARGIN))
+        count = lane_count(len(ordinals), self._threads, self._slots * _SPACING)
         while len(self._lanes) < count:
-            self._lanes.append(Lane(self._slots, self.slot_bytes))
+            self._lanes.append(Lane(self._slots))
         return [(lane, ordinals[i % len(ordinals)]) for i, lane in enumerate(self._lanes[:count])]
 
     def abandon(self) -> None:

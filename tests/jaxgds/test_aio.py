@@ -33,6 +33,7 @@ class Slot:
 
     def begin(self, file: DirectFile, offset: int, nbytes: int) -> None:
         self._memory[:] = b"\xa5" * len(self._memory)
+        self.request.fail()
         if not self.request.at_once(file, offset, nbytes, self.pointer):
             way = file.way(offset, nbytes)
             self.descriptor.follow(file, way[0])

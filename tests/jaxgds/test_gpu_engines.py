@@ -117,7 +117,7 @@ def numbers(*shape: int, dtype=np.int32) -> np.ndarray:
 def test_a_ring_of_any_size(tmp_path, leaks_nothing, codec, threads, slots):
     """Chunks longer than a slot, and more slots' worth than there are slots."""
     data = numbers(3000, 3001)
-    ring = Ring(threads, slots, 4 << 20)
+    ring = Ring(threads, slots)
     try:
         for _ in range(3):
             array = stored(tmp_path, data, (1500, 3001), codec)
@@ -309,7 +309,7 @@ def test_one_restore_onto_cpu_and_gpu(tmp_path):
 def test_too_little_memory_to_pin(tmp_path, leaks_nothing):
     """Some readers get no memory: the others do the work, and the report says so."""
     data = numbers(3000, 3001)
-    ring = Ring(4, 2, 4 << 20)
+    ring = Ring(4, 2)
     try:
         for lane, _ in ring.lanes([GPUS[0].local_hardware_id])[1:3]:
             lane._count = 1 << 40  # slots
