@@ -26,7 +26,7 @@ _LONG_NAP = 1e-3  # where nothing is under way
 _LONGEST_NAP = 0.1  # where a read does not end that nobody waits for
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Piece:
     """Of a part, what one request reads.
 
@@ -167,25 +167,19 @@ class Copier:
 
     def _end_reads(self) -> bool:
         """Queues the copies of what is read; whether there was any."""
-        under_way: list[_Piece] = []
-        reading, self._reading = self._reading, under_way
-        for i, piece in enumerate(reading):
-            if not piece.request.done:
-                under_way.append(piece)
-                continue
+        ended = [piece for piece in self._reading if piece.request.done]
+        if not ended:
+            return False
+        for piece in ended:
+            self._reading.remove(piece)
             if piece.descriptor is not None:
                 piece.descriptor.under_way -= 1
             part = piece.part
             part.left -= 1
             part.short = part.short or not piece.request.filled(piece.end)
-            if part.left:
-                continue
-            try:
+            if not part.left:
                 self._end_read(piece.slot, part)
-            except BaseException:
-                under_way += reading[i + 1 :]
-                raise
-        return len(under_way) < len(reading)
+        return True
 
     def _end_read(self, slot: Slot, part: Part) -> None:
         waits_no_more()  # what follows may wait for memory, not for a file
