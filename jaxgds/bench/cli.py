@@ -58,7 +58,8 @@ def _add_restore(commands) -> None:
         "--repeat",
         type=positive(int),
         default=3,
-        help="calls in each process (default: %(default)s)",
+        help="calls in each process (default: %(default)s); a loader that takes over 10 s gets no "
+        "second one",
     )
     restore.add_argument("--cold", action="store_true", help="drop the page cache before each call")
     restore.set_defaults(run=_restore)

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 
+LONG = 10.0  # seconds: a call that takes longer is the last one
+
+
 def main(loader: str, path: str, repeat: int) -> None:
     prepare = LOADERS[loader]
     call, finish = prepare(path)
@@ -35,6 +38,8 @@ def main(loader: str, path: str, repeat: int) -> None:
             first_peak = watch.peak
             breakdown = _breakdown(loader)
         del result
+        if seconds[-1] > LONG:
+            break
     watch.stop()
     print(
         json.dumps(
@@ -226,7 +231,10 @@ def _resident() -> int:
 
 
 class _PeakMemory(threading.Thread):
-    """Samples resident memory every few milliseconds (VmHWM cannot be reset without root)."""
+    """Samples resident memory (VmHWM cannot be reset without root).
+
+    Not too often: each time takes the interpreter from a loader that is measured.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -234,7 +242,7 @@ class _PeakMemory(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        while not self._done.wait(0.005):
+        while not self._done.wait(0.02):
             self.peak = max(self.peak, _resident())
 
     def stop(self) -> None:
