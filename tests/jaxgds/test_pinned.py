@@ -31,7 +31,7 @@ from jaxgds.engines import Buffer, PinnedEngine, cuda
 from jaxgds.engines.cuda import CudaError
 from jaxgds.engines.pinned_memory import Pinned
 from jaxgds.engines.posix import BLOCK
-from jaxgds.engines.ring import Ring
+from jaxgds.engines.ring import READ_BYTES, SLOT_BYTES, Ring
 from jaxgds.errors import CheckpointError
 from jaxgds.index import Extent, StoredArray
 from jaxgds.plan import make_plan
@@ -146,11 +146,11 @@ def test_onto_eight_gpus(tmp_path, ring, chunk, codec, sharding):
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("gap", [0, 13, BLOCK - 1, BLOCK])
 def test_reads_of_any_length(tmp_path, ring, gap, cold):
-    """Around a block, a part, and the largest that is staged; the last one ends with the file."""
-    ends = [n + d for n in (BLOCK, MAX_STAGED) for d in (-1, 0, 1)]
+    """Around a block, a read, and a slot of two; the last one ends with the file."""
+    ends = [n + d for n in (BLOCK, READ_BYTES, SLOT_BYTES) for d in (-1, 0, 1)]
     arrays, want, blob = [], {}, b"x" * gap
     file = str(tmp_path / "data.bin")
-    for i, nbytes in enumerate([1, 3 * MAX_STAGED + 1, *ends]):
+    for i, nbytes in enumerate([1, 3 * SLOT_BYTES + 1, *ends]):
         data = np.random.default_rng(i).integers(0, 256, nbytes, np.uint8)
         layout = Layout((nbytes,), data.dtype, (nbytes,), (nbytes,), "raw", False, "", ".")
         arrays.append(StoredArray(f"w{i}", layout, {f"w{i}/0": Extent(file, len(blob), nbytes)}))
@@ -368,8 +368,9 @@ def test_a_plan_that_fails(tmp_path, ring, warm, codec):
     assert_restored(array, data, engine=PinnedEngine(ring))
 
 
+@pytest.mark.parametrize("number", [0, 2])  # threads that pin wait for the first one, too
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_memory_that_cannot_be_allocated(tmp_path, ring, codec):
+def test_memory_that_cannot_be_allocated(tmp_path, ring, codec, number):
     data = numbers(512, 4096)
     array = stored(tmp_path, data, (64, 512), codec)
     memory = Memory([(array, sharded(None, "a"))])
@@ -377,7 +378,7 @@ def test_memory_that_cannot_be_allocated(tmp_path, ring, codec):
     def fail() -> int:
         raise Stop
 
-    memory.buffers[2]._pointer = fail
+    memory.buffers[number]._pointer = fail
     with pytest.raises(Stop):
         memory.read(PinnedEngine(ring))
     assert_restored(array, data, engine=PinnedEngine(ring))
