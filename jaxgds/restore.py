@@ -90,7 +90,7 @@ def restore(
     def plan() -> list[Read]:
         nonlocal bytes_read, planned
         with traced("plan"):
-            made = watched(lambda: make_plan(pairs, engine.max_read, destinations))
+            made = watched(lambda: make_plan(pairs, used.max_read, destinations))
             reads = in_order(made.reads, allocation.order)
         bytes_read, planned = made.source_nbytes, time.perf_counter()
         _log_plan(made)
@@ -98,10 +98,9 @@ def restore(
 
     try:
         allocation.start()
-        if engine is None:
-            engine = engine_for({b.device for b in buffers}, strict=is_strict(strict))
+        used = engine or engine_for({b.device for b in buffers}, strict=is_strict(strict))
         with shown(sum(b.nbytes for b in buffers)) as arrived:
-            engine.read(plan, buffers, arrived)
+            used.read(plan, buffers, arrived)
     except BaseException:
         allocation.drop()
         raise
@@ -112,14 +111,14 @@ def restore(
         shards[destination.array].append((destination, array))
     restored = undisturbed(lambda: _assemble(wanted, shards))
     report = TransferReport(
-        path=engine.path,
+        path=used.path,
         bytes_read=bytes_read,
         bytes_restored=sum(b.nbytes for b in buffers),
         seconds=time.perf_counter() - start,
         plan_seconds=planned - start,
         read_seconds=read - planned,
         arrays=len(restored),
-        note=engine.note,
+        note=used.note,
     )
     return restored, report
 

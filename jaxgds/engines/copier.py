@@ -35,6 +35,7 @@ class _Piece:
       pointer: from where on its blocks lie.
       way: how to read it; None if it is read.
       descriptor: that reads it.
+      began: when it was begun, of time.monotonic.
     """
 
     part: Part
@@ -45,11 +46,11 @@ class _Piece:
     pointer: int = 0
     way: Way | None = None
     descriptor: Descriptor | None = None
+    began: float = 0.0
 
 
 def _pieces(part: Part, file: DirectFile, slot: Slot) -> Iterator[_Piece]:
     """What to read of a part, in two halves if it is long."""
-    part.began = time.monotonic()
     offset, end = part.offset, part.offset + part.nbytes
     first, second = slot.requests
     if first.at_once(file, offset, part.nbytes, slot.pointer):
@@ -152,6 +153,7 @@ class Copier:
                     piece.request.prepare(descriptor, piece.way, piece.pointer)
                     requests.append(piece.request)
                 descriptor.under_way += 1
+            piece.began = time.monotonic()  # not before: others may keep it waiting
             self._reading.append(self._next.popleft())
 
     def _descriptor(self, file: DirectFile, fd: int) -> Descriptor | None:
@@ -193,17 +195,23 @@ class Copier:
 
     def _end_copies(self) -> bool:
         """Frees the slots whose copies are done; whether there was any."""
-        before, waiting = len(self._copying), []
-        while self._copying and len(waiting) < self._gpus:
-            slot = self._copying.popleft()
-            (self._free if slot.copied() else waiting).append(slot)
-        self._copying.extendleft(reversed(waiting))
-        return len(self._copying) < before
+        done, waiting = [], 0
+        for slot in self._copying:
+            if slot.copied():
+                done.append(slot)
+                continue
+            waiting += 1
+            if waiting == self._gpus:
+                break
+        for slot in done:
+            self._copying.remove(slot)
+        self._free += done
+        return bool(done)
 
     def _nap(self, seconds: float) -> None:
         if self._reading:
-            oldest = self._reading[0].part
-            waits(oldest.began, oldest.file, oldest.read.array)
+            oldest = self._reading[0]
+            waits(oldest.began, oldest.part.file, oldest.part.read.array)
         with traced("read") if self._reading else nullcontext():
             time.sleep(seconds)
 

@@ -30,7 +30,6 @@ class Part:
       done: how many bytes of the read come before it.
       queue: called with `done`, `nbytes`, and a slot and from where on the bytes lie in it: queues
         their copies.
-      began: when it was begun, of time.monotonic.
       left: how many requests for it are not done.
       short: whether one of them has given too little.
     """
@@ -41,7 +40,6 @@ class Part:
     nbytes: int
     done: int
     queue: Callable[[int, int, Slot, int], None]
-    began: float = 0.0
     left: int = 1
     short: bool = False
 

@@ -405,6 +405,7 @@ ALWAYS = 1 << 30
 CALLS = [
     ("cuStreamCreate", 1),
     ("cuEventCreate", ALWAYS),
+    ("cuEventQuery", 1),
     *(("cuEventRecord", times) for times in (1, ALWAYS)),
     *(("cuMemcpyHtoDAsync_v2", times) for times in (1, ALWAYS)),
     *(("cuMemcpy3DAsync_v2", times) for times in (1, ALWAYS)),
