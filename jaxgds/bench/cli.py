@@ -61,7 +61,18 @@ def _add_restore(commands) -> None:
         help="calls in each process (default: %(default)s); a loader that takes over 10 s gets no "
         "second one",
     )
-    restore.add_argument("--cold", action="store_true", help="drop the page cache before each call")
+    restore.add_argument(
+        "--processes",
+        type=positive(int),
+        default=1,
+        help="fresh processes for each loader, of whose first calls the median is reported "
+        "(default: %(default)s)",
+    )
+    restore.add_argument(
+        "--cold",
+        action="store_true",
+        help="drop the page cache before each call, one for each loader",
+    )
     restore.set_defaults(run=_restore)
 
 
@@ -71,9 +82,8 @@ def _restore(args: argparse.Namespace) -> int:
     if unknown := set(args.formats) - {*FORMATS, *PREPARED}:
         raise ValueError(f"--formats: {sorted(unknown)} are not among {(*FORMATS, *PREPARED)}")
     size = int(args.size * 1e9)
-    run = partial(
-        restore.run, os.path.abspath(args.dir), args.formats, size, args.repeat, args.cold
-    )
+    options = {name: getattr(args, name) for name in ("repeat", "cold", "processes")}
+    run = partial(restore.run, os.path.abspath(args.dir), args.formats, size, **options)
     return _measure(args, run, restore)
 
 

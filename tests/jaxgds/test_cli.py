@@ -196,13 +196,14 @@ BENCH_RESTORE = [sys.executable, "-m", "jaxgds", "bench", "restore", "--dir", "b
 
 
 @pytest.mark.parametrize(
-    ("option", "formats", "loaders"),
+    ("processes", "formats", "loaders"),
     [
-        ([], FORMATS, {"jaxgds", "orbax", "jaxgds (safetensors)"}),
-        (["--formats", ",".join(PREPARED)], PREPARED, {"jaxgds (prepared)"}),
+        (1, FORMATS, {"jaxgds", "orbax", "jaxgds (safetensors)"}),
+        (3, tuple(PREPARED), {"jaxgds (prepared)"}),
     ],
 )
-def test_bench_restore_measures_every_format(tmp_path, option, formats, loaders):
+def test_bench_restore_measures_every_format(tmp_path, processes, formats, loaders):
+    option = ["--formats", ",".join(formats), "--processes", str(processes)]
     done = subprocess.run(
         [*BENCH_RESTORE, "--size", "0.1", "--repeat", "2", "--json", "out.json", *option],
         cwd=tmp_path,
@@ -216,6 +217,8 @@ def test_bench_restore_measures_every_format(tmp_path, option, formats, loaders)
     for row in found["results"]:
         rows = 8000 if row["format"] == "orbax-many" else 8192
         assert row["nbytes"] == rows * 8192 * 2 and len(row["seconds"]) == 2, row
+        assert len(row["first_seconds"]) == processes
+        assert row["seconds"][0] == sorted(row["first_seconds"])[processes // 2]
     assert "GB/s" in done.stdout
 
 
